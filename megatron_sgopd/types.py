@@ -1,0 +1,91 @@
+"""The nouns of the data flow, standard library only.
+
+A `Prompt` becomes a `Request`, an engine answers it with a `Completion`, the verifier's label turns
+that into a `Rollout`, and rollouts are what the trainer learns from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+RolloutSource = Literal["student", "teacher", "dataset"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, rendered by the chat template and tokenized.
+
+    Example: Prompt("train-17", (2, 10, 13, 7, 23), "1", (4, 14, 9), "3+8=")
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    answer: str  # the reference answer, as the verifier takes it
+    solution_token_ids: tuple[int, ...] | None = None  # the worked solution with EOS, for `sft`
+    text: str = ""  # the problem as the user wrote it, for logs and reports
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked for: one completion of one prompt."""
+
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine answers. The stop token, when one was sampled, is the last of `token_ids`.
+
+    `logprobs[t]` is the engine's log-probability of `token_ids[t]` at the sampling temperature
+    (at temperature 0: of the unscaled distribution).
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_version: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A labelled completion, as the trainer takes it.
+
+    `verifier_advantage` is the gate's a1 (docs/method.md, "The gate"): computed over all G
+    student rollouts of the prompt, before any of them is displaced by a teacher rollout.
+    """
+
+    prompt: Prompt
+    completion: Completion
+    source: RolloutSource
+    is_correct: bool
+    verifier_advantage: float = 0.0
+
+
+class Engine(Protocol):
+    """Makes completions; a replica's ranks share one.
+
+    `generate` and `push_weights` are called by every rank of the replica with the same requests;
+    the completions come back, in the order of the requests, on the replica's first rank (others may
+    get an empty list). An engine behind HTTP talks on the first rank only.
+    """
+
+    policy_version: int
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
+
+    def push_weights(
+        self, hf_weights: Iterable[tuple[str, object]], policy_version: int
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+
+WeightStream = Iterator[tuple[str, object]]
