@@ -1,0 +1,361 @@
+"""Puts a run together on this rank: models, engine, verifier, prompts, and where it resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from megatron_sgopd import sgopd
+from megatron_sgopd.checkpoint import TrainState, list_checkpoints, load_checkpoint
+from megatron_sgopd.config.load import diff, load_config, to_yaml
+from megatron_sgopd.config.schema import Config
+from megatron_sgopd.embedded_engine import EmbeddedEngine
+from megatron_sgopd.frozen import Frozen
+from megatron_sgopd.hf_files import read_hf_config, resolve_hf_dir
+from megatron_sgopd.hf_weights import init_random_weights, iter_hf_weights, load_hf_weights
+from megatron_sgopd.loss import Objective
+from megatron_sgopd.metrics import MetricsWriter
+from megatron_sgopd.model import DistillationGPTModel, build_model
+from megatron_sgopd.parallel import Groups, initialize
+from megatron_sgopd.prompts import (
+    PromptStream,
+    load_problems,
+    load_tokenizer,
+    render,
+    share,
+    stop_token_ids,
+)
+from megatron_sgopd.rollout import Sampler
+from megatron_sgopd.student import Student, make_student
+from megatron_sgopd.types import Prompt, Rollout
+from megatron_sgopd.verifier import VerifierPool
+
+# What may change between a run and its resumption without making it another run.
+RESUMABLE = ("num_steps", "logging.", "checkpoint.", "evaluation.", "verifier.", "parallel.distrib")
+
+
+@dataclass
+class Run:
+    """Everything the loop holds on this rank."""
+
+    config: Config
+    dir: Path
+    groups: Groups
+    state: TrainState
+    tokenizer: Any
+    hf_config: Any
+    student: Student
+    teacher: Frozen | None
+    reference: Frozen | None
+    sampler: Sampler
+    stream: PromptStream
+    engine: EmbeddedEngine | None
+    writer: MetricsWriter | None  # rank 0 only
+    resumed: bool
+    teacher_engine: EmbeddedEngine | None = None
+    signalled: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.groups.rank == 0
+
+    @property
+    def shows(self) -> bool:
+        """Whether this rank draws progress bars."""
+        return self.is_first and self.config.logging.progress
+
+    def say(self, message: str) -> None:
+        if self.is_first:
+            print(message, flush=True)
+
+    def objective(self) -> Objective:
+        return Objective.of(self.config, self.state.gate_eps or 0.0)
+
+    def prompts_of(self, step: int) -> tuple[list[Prompt], int]:
+        """This replica's prompts of a step and the global position of the first."""
+        prompts = share(self.stream.take(step), self.groups.dp_rank, self.groups.dp_size)
+        return prompts, self.groups.dp_rank * len(prompts)
+
+    def teacher_fraction(self, step: int) -> float:
+        phases = self.config.distill.phases
+        if not phases.enabled or self.teacher is None:
+            return 0.0
+        return sgopd.teacher_fraction(
+            step,
+            num_steps=self.config.num_steps,
+            rho0=phases.rho0,
+            hold_frac=phases.hold_frac,
+            end_frac=phases.end_frac,
+        )
+
+    def open_teacher_engine(self) -> EmbeddedEngine:
+        """The engine with the teacher's weights; made when first asked for."""
+        if self.teacher_engine is None:
+            assert self.teacher is not None, "phased teacher sampling has a teacher"
+            path = resolve_hf_dir(self.config.model.teacher.hf_path or "")
+            self.teacher_engine = _engine(read_hf_config(path), self.config, self.groups)
+            self.teacher_engine.push_weights(iter_hf_weights(self.teacher.module, self.groups), 0)
+        return self.teacher_engine
+
+    def close_teacher_engine(self) -> None:
+        """Gives its memory back once the teacher fraction has faded to 0."""
+        if self.teacher_engine is not None:
+            self.teacher_engine.close()
+            self.teacher_engine = None
+
+    def set_gate_eps(self, eps: float) -> None:
+        """Fixes the measured tie width for the rest of the run, in the checkpoint and on disk."""
+        self.state.gate_eps = eps
+        if self.is_first:
+            gate = replace(self.config.distill.gate, eps=eps)
+            config = replace(self.config, distill=replace(self.config.distill, gate=gate))
+            (self.dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+    def stop_requested(self) -> bool:
+        """Whether any rank got SIGTERM or SIGUSR1, or RUN_DIR/STOP exists. Collective."""
+        flag = self.signalled or (self.is_first and (self.dir / "STOP").exists())
+        asked = torch.tensor(int(flag), device=self.groups.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def log(self, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
+        """One row of metrics.jsonl; now and then a sample of this step's rollouts. Rank 0."""
+        if self.writer is None:
+            return
+        self.writer.write(self.state.step, metrics)
+        logging, step = self.config.logging, self.state.step
+        if logging.rollouts_every and (step == 1 or step % logging.rollouts_every == 0):
+            path = self.dir / "rollouts" / f"step-{step:06d}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            rows = [self._rollout_row(r) for r in rollouts[: logging.rollouts_kept]]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def _rollout_row(self, rollout: Rollout) -> dict[str, Any]:
+        return {
+            "step": self.state.step,
+            "prompt": rollout.prompt.text,
+            "completion": self.sampler.decode(rollout.completion.token_ids),
+            "answer": rollout.prompt.answer,
+            "is_correct": rollout.is_correct,
+            "source": rollout.source,
+            "verifier_advantage": rollout.verifier_advantage,
+        }
+
+    def set_status(self, status: str) -> None:
+        if self.is_first:
+            (self.dir / "status").write_text(status + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        self.close_teacher_engine()
+        if self.engine is not None:
+            self.engine.close()
+        if self.sampler.verifier is not None:
+            self.sampler.verifier.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def assemble(config: Config) -> Run:
+    """Builds the run of a resolved recipe on this rank, resuming from its newest checkpoint."""
+    groups = initialize(config.parallel, seed=config.seed)
+    run_dir = Path(config.logging.run_dir or "")
+    checkpoints = list_checkpoints(run_dir)
+    _prepare_run_dir(config, run_dir, groups, resuming=bool(checkpoints))
+
+    student_dir = resolve_hf_dir(config.model.student.hf_path)
+    hf_config = read_hf_config(student_dir)
+    tokenizer = load_tokenizer(student_dir)
+    stop_ids = config.rollout.stop_token_ids or stop_token_ids(tokenizer, student_dir)
+    verifier = _verifier(config) if groups.is_replica_first_rank else None
+
+    objective = Objective.of(config, eps=0.0)
+    module = _student_weights(config, groups, trainable=True)
+    teacher = _teacher(config, groups, hf_config) if objective.needs_teacher else None
+    reference = None
+    if objective.needs_reference:
+        reference = Frozen(_reference_weights(config, groups), groups)
+    student = make_student(module, config, groups)
+
+    state = TrainState(world_size=groups.world_size, seed=config.seed, name=config.name)
+    if config.distill.gate.eps != "auto":
+        state.gate_eps = float(config.distill.gate.eps)
+    if checkpoints:
+        state = load_checkpoint(checkpoints[-1], student, seed=config.seed, name=config.name)
+    engine = None
+    if config.distill.method != "sft" or config.evaluation.data:
+        engine = _engine(hf_config, config, groups)
+        engine.push_weights(iter_hf_weights(module, groups), state.policy_version)
+    problems = load_problems(
+        config.data.train,
+        problem_field=config.data.problem_field,
+        answer_field=config.data.answer_field,
+        solution_field=config.data.solution_field if config.distill.method == "sft" else None,
+        min_difficulty=config.data.min_difficulty,
+    )
+    run = Run(
+        config=config,
+        dir=run_dir,
+        groups=groups,
+        state=state,
+        tokenizer=tokenizer,
+        hf_config=hf_config,
+        student=student,
+        teacher=teacher,
+        reference=reference,
+        sampler=Sampler(
+            config,
+            groups,
+            verifier,
+            lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+            tuple(stop_ids),
+        ),
+        stream=PromptStream(
+            render(problems, tokenizer, config.data, config.rollout.max_prompt_tokens),
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            num_prompts=config.rollout.num_prompts,
+        ),
+        engine=engine,
+        writer=MetricsWriter(run_dir / "metrics.jsonl", state.step) if groups.rank == 0 else None,
+        resumed=bool(checkpoints),
+    )
+    if state.gate_eps is not None:
+        run.set_gate_eps(state.gate_eps)
+    run.set_status("running")
+    _listen_for_signals(run)
+    return run
+
+
+def evaluation_prompts(run: Run, path: str, limit: int | None) -> list[Prompt]:
+    """The first `limit` problems of an evaluation set, rendered like the training prompts."""
+    data = run.config.data
+    problems = load_problems(
+        path,
+        problem_field=data.problem_field,
+        answer_field=data.answer_field,
+        solution_field=None,
+        min_difficulty=None,
+    )
+    return render(problems[:limit], run.tokenizer, data, run.config.rollout.max_prompt_tokens)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages a result depends on."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _prepare_run_dir(config: Config, run_dir: Path, groups: Groups, *, resuming: bool) -> None:
+    """Writes the resolved recipe; refuses a folder that holds another run."""
+    if groups.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        written = run_dir / "config.yaml"
+        if resuming and written.exists():
+            _check_same_run(config, load_config(written, []), run_dir)
+        (run_dir / "STOP").unlink(missing_ok=True)
+        shutil.rmtree(run_dir / "errors", ignore_errors=True)
+        written.write_text(to_yaml(config), encoding="utf-8")
+    dist.barrier()
+
+
+def _check_same_run(config: Config, before: Config, run_dir: Path) -> None:
+    changed = {
+        key: values
+        for key, values in diff(before, config).items()
+        if not key.startswith(RESUMABLE)
+        and not (key == "distill.gate.eps" and config.distill.gate.eps == "auto")
+    }
+    if changed:
+        listed = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in sorted(changed.items()))
+        raise ValueError(
+            f"{run_dir} holds checkpoints of a run with other settings ({listed}): set them back "
+            "to resume it, or choose another name or logging.run_dir"
+        )
+
+
+def _build(path: Path, config: Config, groups: Groups, *, trainable: bool) -> DistillationGPTModel:
+    return build_model(
+        read_hf_config(path),
+        groups,
+        dtype=getattr(torch, config.model.dtype),
+        transformer_impl=config.model.transformer_impl,
+        make_vocab_size_divisible_by=config.parallel.make_vocab_size_divisible_by,
+        trainable=trainable,
+    )
+
+
+def _student_weights(config: Config, groups: Groups, *, trainable: bool) -> DistillationGPTModel:
+    path = resolve_hf_dir(config.model.student.hf_path)
+    module = _build(path, config, groups, trainable=trainable)
+    if config.model.student.random_init:
+        init_random_weights(module, config.seed, groups)
+    else:
+        load_hf_weights(module, path, groups)
+    return module
+
+
+def _reference_weights(config: Config, groups: Groups) -> DistillationGPTModel:
+    """The student's initial weights, or any directory of the same vocabulary."""
+    if config.model.reference.hf_path is None:
+        return _student_weights(config, groups, trainable=False)
+    path = resolve_hf_dir(config.model.reference.hf_path)
+    module = _build(path, config, groups, trainable=False)
+    load_hf_weights(module, path, groups)
+    return module
+
+
+def _teacher(config: Config, groups: Groups, student_config: Any) -> Frozen:
+    path = resolve_hf_dir(config.model.teacher.hf_path or "")
+    teacher_config = read_hf_config(path)
+    if teacher_config.vocab_size != student_config.vocab_size:
+        raise ValueError(
+            f"the teacher's vocabulary has {teacher_config.vocab_size} rows and the student's "
+            f"{student_config.vocab_size}: both must share one tokenizer and one vocab_size"
+        )
+    ours, theirs = (
+        load_tokenizer(p).get_vocab() for p in (resolve_hf_dir(config.model.student.hf_path), path)
+    )
+    if ours != theirs:
+        odd = sorted(set(ours.items()) ^ set(theirs.items()))[0]
+        raise ValueError(
+            f"student and teacher have different tokenizers (for example {odd[0]!r}): token "
+            "log-probs cannot be compared; use a teacher of the student's tokenizer"
+        )
+    module = _build(path, config, groups, trainable=False)
+    load_hf_weights(module, path, groups)
+    return Frozen(module, groups)
+
+
+def _engine(hf_config: Any, config: Config, groups: Groups) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        hf_config,
+        group=groups.replica_group,
+        device=groups.device,
+        dtype=getattr(torch, config.model.dtype),
+        max_batch_size=config.rollout.max_batch_size,
+    )
+
+
+def _verifier(config: Config) -> VerifierPool:
+    v = config.verifier
+    return VerifierPool(
+        v.name, timeout_s=v.timeout_s, num_workers=v.num_workers, memory_mb=v.memory_mb
+    )
+
+
+def _listen_for_signals(run: Run) -> None:
+    """SIGTERM and SIGUSR1 ask for a checkpoint after this step."""
+
+    def note(number: int, frame: object) -> None:
+        run.signalled = True
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, note)

@@ -1,0 +1,115 @@
+"""Save and resume: weights, optimizer, schedule, RNG and where the run stands.
+
+Megatron's dist_checkpointing holds the sharded part. A checkpoint is written under a temporary name
+and renamed when it is whole, so that a folder named `step-…` is always complete.
+
+Layout: RUN_DIR/checkpoints/step-00000050/
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_sgopd.student import Student
+
+NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. Prompts, seeds and phases are functions of (seed, step)."""
+
+    step: int = 0  # optimizer steps done
+    policy_version: int = 0
+    gate_eps: float | None = None  # measured tie width, once known
+    world_size: int = 1
+    seed: int = 0
+    name: str = ""
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name))
+
+
+def save_checkpoint(run_dir: Path, student: Student, state: TrainState, keep: int) -> Path:
+    """Writes RUN_DIR/checkpoints/step-N and removes all but the newest `keep`. Collective."""
+    final = checkpoint_path(run_dir, state.step)
+    temporary = final.with_name(final.name + ".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded(student, state, is_loading=False), str(temporary))
+    dist.barrier()  # every rank's shards are on disk before the name says so
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in list_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, student: Student, *, seed: int, name: str) -> TrainState:
+    """Restores the student in place and returns where the run stood. Collective.
+
+    Raises:
+        ValueError: the checkpoint is another run's (name or seed), naming both; or its RNG states
+            are for another number of ranks.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    state = TrainState(**common["state"])
+    for key, ours, theirs in (("name", name, state.name), ("seed", seed, state.seed)):
+        if ours != theirs:
+            raise ValueError(
+                f"{path} was written with {key} {theirs!r}, this run has {ours!r}: set {key} back, "
+                "or choose another logging.run_dir"
+            )
+    if state.world_size != dist.get_world_size():
+        raise ValueError(
+            f"{path} was written by {state.world_size} ranks and this run has "
+            f"{dist.get_world_size()}: start it with the same number"
+        )
+    loaded = dist_checkpointing.load(_sharded(student, state, is_loading=True), str(path))
+    student.module.load_state_dict(loaded["model"])
+    student.optimizer.load_state_dict(loaded["optimizer"])
+    student.scheduler.load_state_dict(loaded["scheduler"])
+    rng = loaded["rng"]
+    torch.set_rng_state(rng["cpu"])
+    if rng["cuda"] is not None:
+        torch.cuda.set_rng_state(rng["cuda"])
+    return state
+
+
+def _sharded(student: Student, state: TrainState, *, is_loading: bool) -> dict[str, Any]:
+    model = student.module.sharded_state_dict()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    on_gpu = student.groups.device.type == "cuda"
+    rng = {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if on_gpu else None,
+    }
+    return {
+        "model": model,
+        "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading),
+        "scheduler": student.scheduler.state_dict(),
+        "rng": ShardedObject("rng", rng, (world,), (rank,), replica_id=0),
+        "state": asdict(state),
+    }

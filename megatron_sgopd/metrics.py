@@ -1,0 +1,117 @@
+"""What a run leaves behind: metrics.jsonl, sums reduced over ranks, spans of time, progress.
+
+Names are `area/quantity`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+Sums = dict[str, tuple[Tensor, Tensor]]
+
+
+def add_up(parts: Iterable[Sums]) -> Sums:
+    """Adds (sum, count) pairs by name; a name may be missing from some parts."""
+    total: Sums = {}
+    for part in parts:
+        for name, (s, n) in part.items():
+            s0, n0 = total.get(name, (torch.zeros_like(s), torch.zeros_like(n)))
+            total[name] = (s0 + s, n0 + n)
+    return total
+
+
+def reduced_means(
+    sums: Sums, names: Iterable[str], group: dist.ProcessGroup, device: torch.device
+) -> dict[str, float]:
+    """sum/count over a group, float64, one all-reduce. Names nobody counted are left out.
+
+    `names` lists every name any rank may have, so that all ranks send the same vector.
+    """
+    order = sorted(names)
+    zero = torch.zeros((), device=device)
+    flat = torch.stack(
+        [torch.stack([x.double() for x in sums.get(name, (zero, zero))]) for name in order]
+    )
+    dist.all_reduce(flat, group=group)
+    return {
+        name: (s / n).item() for name, (s, n) in zip(order, flat, strict=True) if n.item() > 0
+    }
+
+
+class MetricsWriter:
+    """Appends one JSON object a step to metrics.jsonl; on resume cuts it back to the checkpoint."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Keeps the lines of steps up to `first_step` (steps done) and goes on after them."""
+        kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row; floats keep 7 significant digits."""
+        row: dict[str, Any] = {"step": step}
+        row |= {k: float(f"{v:.7g}") for k, v in sorted(metrics.items())}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a half-written last line (a killed run) is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Clock:
+    """Seconds spent in named spans of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + spent
+
+    def take(self) -> dict[str, float]:
+        """The spans since the last call."""
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+def progress_bar(description: str, total: int, *, initial: int = 0, show: bool = True) -> tqdm[Any]:
+    """A bar with rate and ETA; silent on ranks that should not show one."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        disable=not show,
+        dynamic_ncols=True,
+        smoothing=0.1,
+    )

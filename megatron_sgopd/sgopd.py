@@ -1,0 +1,354 @@
+"""The paper's two ideas as pure functions, and the methods they are compared with.
+
+The sign-consistency gate (arXiv 2606.09304): extrapolate the distillation where the teacher's wish
+and the verifier's verdict agree, do not where they conflict. Phased teacher sampling: replace part
+of the batch by verifier-endorsed teacher rollouts at cold start and fade them out.
+
+Every advantage is in ascent form: the update follows E[A grad log p_student(y_t)]. S, T, R are the
+log-probabilities of the sampled token under student, teacher and reference. Each reading the paper
+leaves open is a named option; docs/method.md has the evidence for the defaults.
+
+A *method* is a coefficient function: it turns per-token statistics and the verifier's outcome into
+(weight, lambda, additive), from which the loss of a token is
+
+    weight * D(lambda) - additive * log p_student(y_t),
+
+D being -[(T-S) + (lambda-1)(T-R)] log p_student(y_t), detached in the bracket, for the `sampled`
+estimator, and KL(student || softmax(lambda t + (1-lambda) r)) for `full_vocab`.
+
+Shapes: T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+GROUP_STD_EPS = 1e-6  # docs/method.md, "The gate": a1 = (c - mean) / (std + 1e-6)
+
+
+CHOICES = {
+    "verifier_signal": ("group_norm", "mean_only", "sign"),
+    "teacher_signal": ("t_minus_s", "t_minus_r"),
+    "conflict": ("plain", "interpolate", "shrink", "verifier_mix"),
+    "ce_weighting": ("none", "dft"),
+}
+
+
+class TokenLogprobs(Protocol):
+    """What a coefficient function may read of the models: [T] log-probs of the sampled tokens."""
+
+    @property
+    def student_logprobs(self) -> Tensor: ...
+    @property
+    def teacher_logprobs(self) -> Tensor | None: ...
+    @property
+    def reference_logprobs(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the rollouts say of each token, [T] each."""
+
+    verifier_advantage: Tensor  # a1 of the token's rollout, float
+    is_correct: Tensor  # bool
+    is_imitated: Tensor  # bool: a teacher's or a data set's token, learnt by cross-entropy
+    sampled_logprobs: Tensor | None = None  # by the engine; needed for importance weights only
+
+
+class Coefficients(NamedTuple):
+    """Per-token coefficients of the loss, [T] float each, without gradient."""
+
+    weight: Tensor
+    lam: Tensor
+    additive: Tensor
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The options of all methods; names and defaults are the recipe's (`distill.*`)."""
+
+    lambda_uniform: float = 1.25
+    verifier_signal: str = "group_norm"
+    teacher_signal: str = "t_minus_s"
+    lambda_high: float = 1.8
+    lambda_low: float = 1.0
+    conflict: str = "plain"
+    beta: float = 1.0
+    eps: float = 0.0
+    forbid_sign_flip: bool = False
+    on_teacher_rollouts: bool = False
+    adv_clip: float | None = None
+    ce_weight: float = 1.0
+    ce_weighting: str = "none"
+    tis_cap: float | None = None  # None: no truncated importance sampling
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+
+
+CoefficientFunction = Callable[[TokenLogprobs, Outcome], Coefficients]
+
+
+# -- the verifier's signal, a1 ---------------------------------------------------------------------
+
+
+def verifier_advantages(is_correct: Sequence[bool], signal: str = "group_norm") -> list[float]:
+    """a1 of each of the G student rollouts of one prompt.
+
+    `group_norm` (c - mean)/(std + 1e-6), population std; `mean_only` c - mean; `sign` 2c - 1. With
+    one rollout there is no group: 2c - 1 whatever the signal. Only its sign enters the gate, except
+    under `verifier_mix` and in `grpo`.
+    """
+    if signal not in CHOICES["verifier_signal"]:
+        raise ValueError(f"verifier_signal is {signal!r}; allowed are group_norm, mean_only, sign")
+    c = [float(v) for v in is_correct]
+    if len(c) == 1 or signal == "sign":
+        return [2.0 * v - 1.0 for v in c]
+    mean = sum(c) / len(c)
+    if signal == "mean_only":
+        return [v - mean for v in c]
+    if all(v == c[0] for v in c):
+        return [0.0] * len(c)  # exactly: rounding in the mean must not open the gate
+    std = math.sqrt(sum((v - mean) ** 2 for v in c) / len(c))
+    return [(v - mean) / (std + GROUP_STD_EPS) for v in c]
+
+
+# -- the gate --------------------------------------------------------------------------------------
+
+
+def sign_consistency_gate(a1: Tensor, a2: Tensor, eps: float = 0.0) -> Tensor:
+    """g = 1[a1 * a2 > 0], strict; closed on ties: a1 = 0 or |a2| <= eps. Bool, broadcast shape.
+
+    Signs are multiplied, not values, so that no product underflows to a tie.
+    """
+    return (torch.sign(a1) * torch.sign(a2) > 0) & (a2.abs() > eps)
+
+
+def teacher_signal(stats: TokenLogprobs, which: str = "t_minus_s") -> Tensor:
+    """a2 [T]: T - S (the reverse-KL advantage), or T - R (the teacher's implicit reward)."""
+    if which == "t_minus_s":
+        return _teacher(stats) - stats.student_logprobs
+    return _teacher(stats) - _reference(stats)
+
+
+def candidate_lambda(
+    a1: Tensor, a2: Tensor, *, eps: float = 0.0, lambda_high: float = 1.8, lambda_low: float = 1.0
+) -> Tensor:
+    """A lambda per vocabulary entry: the gate applied to a2 [T, V] with the rollout's a1 [T, 1]."""
+    gate = sign_consistency_gate(a1, a2, eps)
+    return _choose(gate, lambda_high, lambda_low, a2)
+
+
+# -- methods ---------------------------------------------------------------------------------------
+
+
+def coefficients(method: str, **options: object) -> CoefficientFunction:
+    """The coefficient function of a method: (statistics, outcome) -> (weight, lambda, additive).
+
+    Args:
+        method: a name of `METHODS`.
+        options: fields of `MethodOptions`.
+    Raises:
+        ValueError: unknown method or option, naming what is allowed.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed are {', '.join(sorted(METHODS))}")
+    allowed = {f.name for f in fields(MethodOptions)}
+    if unknown := sorted(set(options) - allowed):
+        raise ValueError(f"unknown option {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")
+    opt = MethodOptions(**options)  # type: ignore[arg-type]
+    on_policy = METHODS[method]
+
+    def function(stats: TokenLogprobs, outcome: Outcome) -> Coefficients:
+        result = _clip(on_policy(stats, outcome, opt), stats, opt)
+        if opt.tis_cap is not None:
+            tis = importance_weights(stats, outcome, opt.tis_cap)
+            result = result._replace(weight=result.weight * tis, additive=result.additive * tis)
+        return _imitate(result, stats, outcome, opt)
+
+    return function
+
+
+def _sft(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
+    zero = torch.zeros_like(stats.student_logprobs)
+    return Coefficients(zero, zero + 1.0, zero + opt.ce_weight)
+
+
+def _grpo(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
+    zero = torch.zeros_like(stats.student_logprobs)
+    return Coefficients(zero, zero + 1.0, outcome.verifier_advantage.to(zero.dtype))
+
+
+def _opd(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
+    zero = torch.zeros_like(stats.student_logprobs)
+    return Coefficients(zero + 1.0, zero + 1.0, zero)
+
+
+def _exopd(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
+    """G-OPD / ExOPD (arXiv 2602.12125): one lambda for every token."""
+    zero = torch.zeros_like(stats.student_logprobs)
+    return Coefficients(zero + 1.0, zero + opt.lambda_uniform, zero)
+
+
+def _sg_opd(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
+    """SG-OPD (arXiv 2606.09304): lambda_high where the gate is open; else one of four readings.
+
+    plain, interpolate: lambda_low (1, or between 0 and 1). shrink: weight beta, lambda 1.
+    verifier_mix: lambda 1 and beta * a1 added to the advantage.
+    """
+    zero = torch.zeros_like(stats.student_logprobs)
+    gate = gate_of(stats, outcome, opt)
+    lam = _choose(gate, opt.lambda_high, opt.lambda_low, zero)
+    weight, additive = zero + 1.0, zero
+    if opt.conflict == "shrink":
+        weight = _choose(gate, 1.0, opt.beta, zero)
+    elif opt.conflict == "verifier_mix":
+        additive = torch.where(gate, zero, opt.beta * outcome.verifier_advantage.to(zero.dtype))
+    if opt.forbid_sign_flip:  # where the extrapolation would turn the update round, plain OPD
+        a2 = teacher_signal(stats, "t_minus_s")
+        flips = torch.sign(_advantage(stats, lam)) * torch.sign(a2) < 0
+        lam = torch.where(flips, torch.ones_like(lam), lam)
+    return Coefficients(weight, lam, additive)
+
+
+def _opdvr(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
+    """OPDVR (arXiv 2608.24696): A = z max(0, z a2), z = 2c - 1: conflicting tokens are dropped."""
+    zero = torch.zeros_like(stats.student_logprobs)
+    z = _choose(outcome.is_correct, 1.0, -1.0, zero)
+    keep = sign_consistency_gate(z, teacher_signal(stats), opt.eps)
+    return Coefficients(keep.to(zero.dtype), zero + 1.0, zero)
+
+
+def _grpd(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
+    """GRPD (beside OPDVR): A = sign(a1) max(0, sign(a1) a2), a1 normalised over the group."""
+    zero = torch.zeros_like(stats.student_logprobs)
+    keep = sign_consistency_gate(outcome.verifier_advantage, teacher_signal(stats), opt.eps)
+    return Coefficients(keep.to(zero.dtype), zero + 1.0, zero)
+
+
+METHODS: dict[str, Callable[[TokenLogprobs, Outcome, MethodOptions], Coefficients]] = {
+    "sft": _sft,
+    "grpo": _grpo,
+    "opd": _opd,
+    "exopd": _exopd,
+    "sg_opd": _sg_opd,
+    "opdvr": _opdvr,
+    "grpd": _grpd,
+}
+NEEDS_TEACHER = frozenset(METHODS) - {"sft", "grpo"}
+
+
+def gate_of(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Tensor:
+    """The gate of each token [T], bool: what `sg_opd` acts on and every run logs."""
+    a2 = teacher_signal(stats, opt.teacher_signal)
+    return sign_consistency_gate(outcome.verifier_advantage, a2, opt.eps)
+
+
+def importance_weights(stats: TokenLogprobs, outcome: Outcome, cap: float) -> Tensor:
+    """Truncated importance weights min(exp(S_trainer - S_engine), cap), [T]."""
+    if outcome.sampled_logprobs is None:
+        raise ValueError("importance weights need the engine's log-probs; the rollouts have none")
+    return (stats.student_logprobs - outcome.sampled_logprobs).exp().clamp(max=cap)
+
+
+def _imitate(
+    c: Coefficients, stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions
+) -> Coefficients:
+    """Tokens not sampled by the student take cross-entropy: no gate, TIS or advantage.
+
+    The log-ratio would not be a policy gradient there: its mean under the teacher is the forward
+    KL, never negative (docs/method.md). `dft` weighs a token by the student's own probability of it
+    (arXiv 2508.05629). With `on_teacher_rollouts` only tokens whose gate is open are imitated; the
+    rollout was endorsed, so a1 counts as +1 there.
+    """
+    ce = torch.full_like(c.additive, opt.ce_weight)
+    if opt.ce_weighting == "dft":
+        ce = ce * stats.student_logprobs.exp()
+    if opt.on_teacher_rollouts and stats.teacher_logprobs is not None:
+        a2 = teacher_signal(stats, opt.teacher_signal)
+        ce = ce * sign_consistency_gate(torch.ones_like(a2), a2, opt.eps)
+    where = outcome.is_imitated
+    return c._replace(
+        weight=torch.where(where, torch.zeros_like(ce), c.weight),
+        additive=torch.where(where, ce, c.additive),
+    )
+
+
+def _clip(c: Coefficients, stats: TokenLogprobs, opt: MethodOptions) -> Coefficients:
+    """Shrinks the weight so that |A| <= adv_clip; the sign of A stays."""
+    if opt.adv_clip is None or stats.teacher_logprobs is None:
+        return c
+    size = _advantage(stats, c.lam).abs().clamp(min=opt.adv_clip)
+    return c._replace(weight=c.weight * (opt.adv_clip / size))
+
+
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """torch.where of two numbers, exact in `like`'s dtype (of itself it would round to fp32)."""
+    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+
+
+def _advantage(stats: TokenLogprobs, lam: Tensor) -> Tensor:
+    """A = (T - S) + (lambda - 1)(T - R); the reference is read only where lambda is not 1."""
+    a2 = _teacher(stats) - stats.student_logprobs
+    if stats.reference_logprobs is None:
+        return a2
+    return a2 + (lam - 1.0) * (_teacher(stats) - stats.reference_logprobs)
+
+
+def _teacher(stats: TokenLogprobs) -> Tensor:
+    if stats.teacher_logprobs is None:
+        raise ValueError("this method compares with a teacher, and no teacher was given")
+    return stats.teacher_logprobs
+
+
+def _reference(stats: TokenLogprobs) -> Tensor:
+    if stats.reference_logprobs is None:
+        raise ValueError("lambda other than 1 and t_minus_r need a reference; none was given")
+    return stats.reference_logprobs
+
+
+# -- phased teacher sampling -----------------------------------------------------------------------
+
+
+def teacher_fraction(
+    step: int, *, num_steps: int, rho0: float = 0.5, hold_frac: float = 0.1, end_frac: float = 0.4
+) -> float:
+    """Share of the rollout slots that ask the teacher at training step `step` (from 0).
+
+    rho0 up to u1 = hold_frac * num_steps, then a cosine to 0 at u2 = end_frac * num_steps.
+    """
+    u1, u2 = hold_frac * num_steps, end_frac * num_steps
+    if step >= u2:
+        return 0.0
+    if step < u1:
+        return rho0
+    return rho0 * 0.5 * (1.0 + math.cos(math.pi * (step - u1) / (u2 - u1)))
+
+
+def teacher_slots(
+    fraction: float, *, num_prompts: int, n: int, unit: str = "rollout", seed: int, step: int
+) -> list[int]:
+    """The slots of the global batch (prompt * n + sample) that ask the teacher, sorted.
+
+    floor(fraction * B) of the B = num_prompts * n slots; with unit `prompt` all slots of
+    floor(fraction * num_prompts) prompts. A pure function of seed and step, so that every replica
+    draws the same without talking.
+    """
+    rng = random.Random(f"teacher-slots-{seed}-{step}")
+    # Guard the floor against 0.3 * 10 = 2.999…
+    if unit == "rollout":
+        count = math.floor(fraction * num_prompts * n + 1e-9)
+        return sorted(rng.sample(range(num_prompts * n), count))
+    if unit != "prompt":
+        raise ValueError(f"phases.unit is {unit!r}; allowed are 'rollout' and 'prompt'")
+    chosen = rng.sample(range(num_prompts), math.floor(fraction * num_prompts + 1e-9))
+    return sorted(p * n + i for p in chosen for i in range(n))

@@ -1,0 +1,187 @@
+"""The loop: prompts -> rollouts -> labels -> batch -> step -> weights to the engine, and round again.
+
+Every rank runs this file. A replica's first rank talks to the verifier; rank 0 writes the run
+directory. `assemble` puts together what the loop holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd import sgopd
+from megatron_sgopd.assemble import Run, assemble, evaluation_prompts, versions
+from megatron_sgopd.checkpoint import save_checkpoint
+from megatron_sgopd.config.schema import Config
+from megatron_sgopd.evaluate import evaluate, write_records
+from megatron_sgopd.failure import failing_together
+from megatron_sgopd.hf_files import write_hf_dir
+from megatron_sgopd.hf_weights import iter_hf_weights
+from megatron_sgopd.metrics import Clock, progress_bar, reduced_means
+from megatron_sgopd.rollout import (
+    Batch,
+    batch_metrics,
+    generate_groups,
+    mix_teacher_rollouts,
+    solutions_as_rollouts,
+)
+from megatron_sgopd.statistics import summarize
+from megatron_sgopd.train_step import measure_tie_width, train_step
+from megatron_sgopd.weight_sync import push_weights
+
+
+def main(config: Config) -> None:
+    """Runs a resolved recipe on this rank; a failing rank brings all of them down."""
+    with failing_together(Path(config.logging.run_dir or ""), int(os.environ["RANK"])):
+        train(config)
+
+
+def train(config: Config) -> None:
+    """The method's algorithm (docs/method.md, "One step"), from wherever the run stands."""
+    run, clock, started = assemble(config), Clock(), time.time()
+    state = run.state
+    if run.resumed:
+        run.say(f"{config.name}: resumed at step {state.step} of {config.num_steps}")
+    if config.evaluation.at_start and state.step == 0:
+        evaluate_and_write(run, "start")
+    bar = progress_bar(config.name, config.num_steps, initial=state.step, show=run.shows)
+    while state.step < config.num_steps and not run.stop_requested():
+        with clock.span("rollout"):
+            batch = make_batch(run, state.step)
+        if state.gate_eps is None and run.teacher is not None:
+            run.set_gate_eps(measure_tie_width(run.student, batch.rollouts, config))
+        metrics = train_step(
+            run.student, run.teacher, run.reference, batch.rollouts, run.objective(), config, clock
+        )
+        state.step += 1
+        state.policy_version += 1
+        if run.engine is not None:
+            with clock.span("push_weights"):
+                push_weights(run.student.module, run.engine, run.groups, state.policy_version)
+        if due(state.step, config.evaluation.every) and state.step < config.num_steps:
+            with clock.span("evaluate"):
+                metrics |= evaluate_during(run)
+        sums = batch_metrics(batch)
+        metrics |= reduced_means(sums, sums, run.groups.dp_group, run.groups.device)
+        run.log(metrics | clock.take(), batch.rollouts)
+        if due(state.step, config.checkpoint.every) and state.step < config.num_steps:
+            save_checkpoint(run.dir, run.student, state, config.checkpoint.keep)
+        bar.update()
+        bar.set_postfix_str(headline(metrics))
+    bar.close()
+    finish(run, time.time() - started)
+
+
+def make_batch(run: Run, step: int) -> Batch:
+    """This replica's share of the step's rollouts, labelled, with teacher rollouts mixed in."""
+    config = run.config
+    prompts, first = run.prompts_of(step)
+    if config.distill.method == "sft":
+        solutions = [[r] for r in solutions_as_rollouts(prompts)]
+        return Batch(solutions, student_groups=[])
+    assert run.engine is not None, "on-policy methods have an engine"
+    groups = generate_groups(run.sampler, run.engine, prompts, step=step, first_prompt=first)
+    fraction = run.teacher_fraction(step)
+    if fraction == 0.0:
+        run.close_teacher_engine()
+        return Batch(groups, student_groups=groups)
+    slots = sgopd.teacher_slots(
+        fraction,
+        num_prompts=config.rollout.num_prompts,
+        n=config.rollout.n,
+        unit=config.distill.phases.unit,
+        seed=config.seed,
+        step=step,
+    )
+    engine = run.open_teacher_engine()
+    return mix_teacher_rollouts(
+        run.sampler, engine, groups, slots, step=step, first_prompt=first
+    )
+
+
+def evaluate_during(run: Run) -> dict[str, float]:
+    """avg@k on the development set, for the learning curve."""
+    e = run.config.evaluation
+    if run.engine is None or not (path := e.during_data or e.data):
+        return {}
+    prompts = evaluation_prompts(run, path, e.during_max_problems)
+    records = evaluate(run.sampler, run.engine, prompts, k=e.during_k, greedy=False)
+    return {"evaluation/avg_at_k": float(summarize(records)["avg_at_k"])}
+
+
+def evaluate_and_write(run: Run, name: str) -> dict[str, Any]:
+    """The full evaluation, to evaluation/NAME.jsonl; the summary of its records."""
+    e = run.config.evaluation
+    if run.engine is None or e.data is None:
+        return {}
+    prompts = evaluation_prompts(run, e.data, e.max_problems)
+    bar = progress_bar(f"{run.config.name}: evaluate", len(prompts), show=run.shows)
+    scale = run.groups.dp_size  # the bar counts all replicas' problems, seen from the first
+    records = evaluate(
+        run.sampler,
+        run.engine,
+        prompts,
+        k=e.k,
+        greedy=e.greedy,
+        advance=lambda count: bar.update(min(count * scale, bar.total - bar.n)),
+    )
+    bar.close()
+    if run.is_first:
+        write_records(run.dir / "evaluation" / f"{name}.jsonl", records)
+    return summarize(records, bootstrap_samples=e.bootstrap_samples, seed=run.config.seed)
+
+
+def finish(run: Run, seconds: float) -> None:
+    """Checkpoint, Hugging Face export, last evaluation, summary; or the checkpoint alone."""
+    config, state = run.config, run.state
+    finished = state.step >= config.num_steps
+    if config.checkpoint.at_end or not finished:
+        path = save_checkpoint(run.dir, run.student, state, config.checkpoint.keep)
+        run.say(f"{config.name}: checkpoint {path}")
+    if not finished:
+        run.set_status("stopped")
+        run.say(f"{config.name}: stopped on request at step {state.step}; train again to go on")
+        run.close()
+        return
+    if config.checkpoint.save_hf:
+        weights = iter_hf_weights(run.student.module, run.groups)
+        write_hf_dir(
+            run.dir / "hf", run.hf_config, weights, config.model.student.hf_path, run.is_first
+        )
+    results = evaluate_and_write(run, "final") if config.evaluation.at_end else {}
+    if run.is_first:
+        summary = {
+            "name": config.name,
+            "method": config.distill.method,
+            "estimator": config.distill.estimator,
+            "steps": state.step,
+            "seconds": round(seconds, 1),
+            "seed": config.seed,
+            "engine": config.rollout.engine,
+            "engine_version": versions()["transformers"],
+            "versions": versions(),
+            "gate_eps": state.gate_eps,
+            **results,
+        }
+        (run.dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    run.set_status("finished")
+    run.close()
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """What a person wants beside the bar."""
+    shown = {
+        "accuracy": "rollout/accuracy",
+        "KL": "distill/reverse_kl",
+        "gate": "gate/open_rate",
+        "teacher": "phases/realised_fraction",
+        "loss": "train/loss",
+    }
+    return " ".join(f"{k} {metrics[v]:.3f}" for k, v in shown.items() if v in metrics)
