@@ -48,7 +48,7 @@ class Frozen:
             tokens=micro_batch.targets.flatten(),
             mask=micro_batch.loss_mask.flatten(),
             group=self.groups.tp_group,
-            vocab_size=self.module.vocab_size_true,
+            vocab_size=self.module.true_vocab_size,
             temperature=objective.temperature,
             chunk_tokens=objective.chunk_tokens,
         )

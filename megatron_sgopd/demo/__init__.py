@@ -1,0 +1,1 @@
+"""The laptop demonstration: a small maths world, its recipes, and the comparison they make."""

@@ -1,0 +1,215 @@
+"""Hugging Face weights <-> Megatron shards, and the one stream of full weights.
+
+`iter_hf_weights` yields (Hugging Face name, full tensor); engine resync, export and checks read it.
+Which Hugging Face tensors make up a Megatron parameter, and how it is cut over TP, is one table.
+
+QKV in Megatron: [groups, (heads per group + 2) * head_dim, hidden], a group's queries then its key
+and value. Gate and up: each rank holds its rows of both, gate first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sgopd.hf_files import iter_safetensors
+from megatron_sgopd.model import DistillationGPTModel
+from megatron_sgopd.parallel import Groups
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Megatron name -> (Hugging Face names, dimension cut over TP); inside a layer without its prefix.
+TOP = {
+    "embedding.word_embeddings.weight": ((EMBEDDING,), 0),
+    "decoder.final_layernorm.weight": (("model.norm.weight",), None),
+    "output_layer.weight": ((HEAD,), 0),
+}
+QKV = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
+GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+LAYER: dict[str, tuple[tuple[str, ...], int | None]] = {
+    "input_layernorm.weight": (("input_layernorm.weight",), None),
+    "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), None),
+    "self_attention.linear_qkv.weight": (QKV, 0),
+    "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), 1),
+    "self_attention.q_layernorm.weight": (("self_attn.q_norm.weight",), None),
+    "self_attention.k_layernorm.weight": (("self_attn.k_norm.weight",), None),
+    "mlp.linear_fc1.weight": (GATE_UP, 0),
+    "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), 1),
+    # Transformer Engine fuses the norms into the linears; the content is the same.
+    "self_attention.linear_qkv.layer_norm_weight": (("input_layernorm.weight",), None),
+    "mlp.linear_fc1.layer_norm_weight": (("post_attention_layernorm.weight",), None),
+}
+
+
+def hf_names(megatron_name: str) -> tuple[tuple[str, ...], int | None]:
+    """The Hugging Face tensors a Megatron parameter is made of, and the dimension cut over TP."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
+    table, key, prefix = (
+        (LAYER, match[2], f"model.layers.{match[1]}.") if match else (TOP, megatron_name, "")
+    )
+    if key not in table:
+        raise ValueError(f"no Hugging Face name is known for Megatron's {megatron_name!r}")
+    names, dim = table[key]
+    return tuple(prefix + n for n in names), dim
+
+
+def hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Every tensor a checkpoint of this config must hold (a tied head is not one of them)."""
+    c, d = hf_config, hf_config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, c.hidden_size)}
+    for i in range(c.num_hidden_layers):
+        p = f"model.layers.{i}."
+        shapes[p + "input_layernorm.weight"] = (c.hidden_size,)
+        shapes[p + QKV[0]] = (c.num_attention_heads * d, c.hidden_size)
+        shapes[p + QKV[1]] = shapes[p + QKV[2]] = (c.num_key_value_heads * d, c.hidden_size)
+        shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (d,)
+        shapes[p + "self_attn.o_proj.weight"] = (c.hidden_size, c.num_attention_heads * d)
+        shapes[p + "post_attention_layernorm.weight"] = (c.hidden_size,)
+        shapes[p + GATE_UP[0]] = shapes[p + GATE_UP[1]] = (c.intermediate_size, c.hidden_size)
+        shapes[p + "mlp.down_proj.weight"] = (c.hidden_size, c.intermediate_size)
+    shapes["model.norm.weight"] = (c.hidden_size,)
+    if not c.tie_word_embeddings:
+        shapes[HEAD] = (c.vocab_size, c.hidden_size)
+    return shapes
+
+
+# -- Hugging Face -> Megatron ----------------------------------------------------------------------
+
+
+def load_hf_weights(model: DistillationGPTModel, path: Path, groups: Groups) -> None:
+    """Loads a directory's weights; each rank keeps its shard. Streams: a parameter at a time.
+
+    Raises:
+        ValueError: a missing, unknown or misshapen tensor, by name.
+    """
+    load_stream(model, iter_safetensors(path), groups, source=str(path))
+
+
+def init_random_weights(model: DistillationGPTModel, seed: int, groups: Groups) -> None:
+    """Draws the weights as the config says (normal, initializer_range; norms 1).
+
+    Each tensor is drawn whole from a seed of its own, so that the weights do not depend on TP.
+    """
+    scale = getattr(model.hf_config, "initializer_range", 0.02)
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        if "norm" in name:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 2)
+        return torch.randn(shape, generator=generator) * scale
+
+    stream = ((n, draw(n, shape)) for n, shape in hf_shapes(model.hf_config).items())
+    load_stream(model, stream, groups, source="random initialisation")
+
+
+@torch.no_grad()
+def load_stream(
+    model: DistillationGPTModel, stream: Iterable[tuple[str, Tensor]], groups: Groups, source: str
+) -> None:
+    """Consumes (name, full tensor) pairs in any order, each name exactly once."""
+    expected = hf_shapes(model.hf_config)
+    waiting = {name: (p, *hf_names(name)) for name, p in model.named_parameters()}
+    held: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    for name, tensor in stream:
+        if name == HEAD and model.hf_config.tie_word_embeddings:
+            continue  # some writers store the tied head a second time
+        if name not in expected:
+            raise ValueError(f"{source} holds {name!r}, which this architecture does not have")
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(
+                f"{source}: {name!r} has shape {tuple(tensor.shape)}, config.json says "
+                f"{expected[name]}"
+            )
+        if name in seen:
+            raise ValueError(f"{source} holds {name!r} twice")
+        seen.add(name)
+        held[name] = tensor
+        for key in [k for k, (_, names, _) in waiting.items() if set(names) <= held.keys()]:
+            parameter, names, dim = waiting.pop(key)
+            parts = [held.pop(n) for n in names]
+            parameter.copy_(_to_shard(parts, names, dim, model, groups))
+    if missing := sorted(set(expected) - seen):
+        raise ValueError(f"{source} lacks {missing[0]!r} ({len(missing)} tensors are missing)")
+    assert not waiting, f"no tensor came for {sorted(waiting)}"
+
+
+def _to_shard(
+    parts: list[Tensor],
+    names: tuple[str, ...],
+    dim: int | None,
+    model: DistillationGPTModel,
+    groups: Groups,
+) -> Tensor:
+    """This rank's Megatron tensor from whole Hugging Face tensors."""
+
+    def cut(x: Tensor) -> Tensor:
+        return x if dim is None else x.chunk(groups.tp_size, dim)[groups.tp_rank]
+
+    if len(parts) == 3:
+        return cut(_interleave_qkv(parts, model.hf_config))
+    if len(parts) == 2:
+        return torch.cat([cut(x) for x in parts])
+    (whole,) = parts
+    if names[0] in (EMBEDDING, HEAD) and (pad := model.vocab_size - whole.shape[0]):
+        whole = torch.cat([whole, whole.new_zeros(pad, whole.shape[1])])
+    return cut(whole)
+
+
+def _interleave_qkv(qkv: list[Tensor], hf_config: Any) -> Tensor:
+    groups, d, hidden = hf_config.num_key_value_heads, hf_config.head_dim, qkv[0].shape[-1]
+    by_group = [qkv[0].view(groups, -1, hidden)] + [x.view(groups, d, hidden) for x in qkv[1:]]
+    return torch.cat(by_group, 1).reshape(-1, hidden)
+
+
+def _split_qkv(fused: Tensor, hf_config: Any) -> list[Tensor]:
+    groups, d, hidden = hf_config.num_key_value_heads, hf_config.head_dim, fused.shape[-1]
+    by_group = fused.view(groups, -1, hidden)
+    parts = by_group.split([by_group.shape[1] - 2 * d, d, d], dim=1)
+    return [x.reshape(-1, hidden) for x in parts]
+
+
+# -- Megatron -> Hugging Face ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def iter_hf_weights(
+    model: DistillationGPTModel, groups: Groups
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor) of every Hugging Face weight, once, the same on every rank.
+
+    Collective over the replica: every rank must read it to the end. Padded vocabulary rows are cut
+    off; a tied head is not a weight of its own. Memory: one parameter at a time.
+    """
+    for name, parameter in model.named_parameters():
+        names, dim = hf_names(name)
+        shards = _all_shards(parameter.detach(), groups) if dim is not None else [parameter]
+        for hf_name, tensor in zip(names, _from_shards(shards, names, dim, model), strict=True):
+            yield hf_name, tensor.detach()
+
+
+def _all_shards(tensor: Tensor, groups: Groups) -> list[Tensor]:
+    if groups.tp_size == 1:
+        return [tensor]
+    shards = [torch.empty_like(tensor) for _ in range(groups.tp_size)]
+    dist.all_gather(shards, tensor.contiguous(), group=groups.tp_group)
+    return shards
+
+
+def _from_shards(
+    shards: list[Tensor], names: tuple[str, ...], dim: int | None, model: DistillationGPTModel
+) -> list[Tensor]:
+    if len(names) == 2:
+        halves = [shard.chunk(2) for shard in shards]
+        return [torch.cat([half[i] for half in halves]) for i in range(2)]
+    whole = shards[0] if dim is None else torch.cat(shards, dim)
+    if len(names) == 3:
+        return _split_qkv(whole, model.hf_config)
+    return [whole[: model.true_vocab_size] if names[0] in (EMBEDDING, HEAD) else whole]

@@ -1,0 +1,96 @@
+"""The transformer layer's parts: our own norm and attention, or Transformer Engine's.
+
+Ours need neither TE nor apex and run on CPU and GPU alike: an RMSNorm that admits sequence
+parallelism, and torch's scaled-dot-product attention as Megatron's core attention.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        )
+        # finalize_model_grads sums these over TP under sequence parallelism.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SDPAttention(MegatronModule):
+    """Causal attention [s, b, heads, d] -> [s, b, heads * d]; fewer key heads are GQA groups."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **_: Any,
+    ) -> Tensor:
+        s, b, heads, d = query.shape
+        out = F.scaled_dot_product_attention(
+            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=heads != key.shape[2],
+        )
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+
+def block_spec(num_layers: int, transformer_impl: str) -> TransformerBlockSubmodules | ModuleSpec:
+    """What GPTModel takes as `transformer_layer_spec`, with q/k-norm (Qwen3).
+
+    Raises:
+        ValueError: `transformer_engine` is asked for and cannot be imported.
+    """
+    if transformer_impl == "transformer_engine":
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise ValueError(
+                "model.transformer_impl is 'transformer_engine', which is not installed here: "
+                "install the [gpu] extra on a GPU machine, or set it to 'local'"
+            )
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = SDPAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

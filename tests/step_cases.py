@@ -1,0 +1,376 @@
+"""One optimizer step under a layout, and the formula it must equal, written out in float64.
+
+Rank functions of test_train_step; they run in the worker pool.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_sgopd import sgopd
+from megatron_sgopd.config.schema import (
+    Config,
+    DistillConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
+from megatron_sgopd.frozen import Frozen
+from megatron_sgopd.hf_files import read_hf_config
+from megatron_sgopd.hf_weights import iter_hf_weights, load_hf_weights
+from megatron_sgopd.loss import Objective
+from megatron_sgopd.metrics import Clock
+from megatron_sgopd.model import build_model
+from megatron_sgopd.parallel import Groups
+from megatron_sgopd.student import Student, make_student
+from megatron_sgopd.train_step import accumulate_gradients, gather_metrics, prepare, train_step
+from megatron_sgopd.types import Completion, Prompt, Rollout
+from tests.layouts import layout
+
+GATE_EDGE = 1e-4  # tokens this close to a gate edge are drawn again before layouts are compared
+
+
+@dataclass(frozen=True)
+class StepCase:
+    student: str
+    teacher: str
+    reference: str
+    vocab: int
+    tp: int = 1
+    micro_batch_size: int = 2
+    estimator: str = "sampled"
+    method: str = "sg_opd"
+    aggregation: str = "seq_mean_token_mean"
+    seed: int = 0
+    order: int | None = None  # shuffle the rollouts with this seed
+    long_first: bool = False  # a replica with one long sequence and its neighbours short
+    mask_truncated: bool = True
+
+
+def config_of(case: StepCase) -> Config:
+    return Config(
+        name="step",
+        model=ModelConfig(dtype="float32"),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=case.tp,
+            micro_batch_size=case.micro_batch_size,
+            make_vocab_size_divisible_by=1,
+        ),
+        distill=DistillConfig(
+            method=case.method,  # type: ignore[arg-type]
+            estimator=case.estimator,  # type: ignore[arg-type]
+            loss_agg=case.aggregation,  # type: ignore[arg-type]
+            mask_truncated=case.mask_truncated,
+            chunk_tokens=16,
+        ),
+        rollout=RolloutConfig(tis="token", tis_cap=1.5),
+        optimizer=OptimizerConfig(lr=1e-3, clip_grad=1.0, weight_decay=0.1),
+    )
+
+
+# -- the rollouts ----------------------------------------------------------------------------------
+
+
+def draw_rollouts(case: StepCase) -> list[Rollout]:
+    """Eight ragged rollouts: 1 to 60 tokens, one empty, one truncated, one of the teacher."""
+    models = {name: hf_model(getattr(case, name)) for name in ("student", "teacher")}
+    rng = random.Random(case.seed)
+    lengths = [60, 1, 0, 7, 23, 2, 41, 12]
+    rollouts = []
+    for i, length in enumerate(lengths):
+        prompt = tuple(rng.randrange(case.vocab) for _ in range(rng.randint(1, 6)))
+        answer = _draw_answer(models, prompt, length, case.vocab, rng)
+        finish = "length" if i == 4 else "stop"
+        completion = Completion(
+            answer, tuple(rng.uniform(-5, -1) for _ in answer), finish, 0, i  # type: ignore[arg-type]
+        )
+        correct = rng.random() < 0.5
+        rollouts.append(
+            Rollout(
+                Prompt(f"p{i}", prompt, "1"),
+                completion,
+                "teacher" if i == 5 else "student",
+                correct,
+                verifier_advantage=[0.9, -1.1, 0.0][i % 3],
+            )
+        )
+    if case.order is not None:
+        random.Random(case.order).shuffle(rollouts)
+    return rollouts
+
+
+def _draw_answer(
+    models: dict[str, Any], prompt: tuple[int, ...], length: int, vocab: int, rng: random.Random
+) -> tuple[int, ...]:
+    """Tokens none of which has |a2| at the gate's edge, where layouts may rightly differ."""
+    while True:
+        answer = tuple(rng.randrange(vocab) for _ in range(length))
+        logps = [token_logprobs(m, prompt, answer) for m in models.values()]
+        if not length or bool(((logps[1] - logps[0]).abs() > GATE_EDGE).all()):
+            return answer
+
+
+def hf_model(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float64, attn_implementation="eager"
+    )
+
+
+def all_logprobs(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:
+    """log softmax of the rows that predict the answer's tokens, [|y|, vocab]."""
+    ids = torch.tensor([[*prompt, *answer]])
+    rows = model(input_ids=ids, use_cache=False).logits[0].double()
+    return rows[len(prompt) - 1 : len(prompt) - 1 + len(answer)].log_softmax(-1)
+
+
+def token_logprobs(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:
+    if not answer:
+        return torch.empty(0, dtype=torch.float64)
+    with torch.no_grad():
+        logps = all_logprobs(model, prompt, answer)
+    return logps.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+
+
+# -- the formula, in float64, one sequence at a time -----------------------------------------------
+
+
+def formula(case: StepCase, rollouts: list[Rollout]) -> tuple[float, dict[str, Tensor]]:
+    """The step's loss and gradient by Hugging Face models and autograd, term by term."""
+    student, teacher, reference = (
+        hf_model(getattr(case, name)) for name in ("student", "teacher", "reference")
+    )
+    config = config_of(case)
+    lengths = [_loss_tokens(r, case) for r in rollouts]
+    terms = []
+    for rollout, length in zip(rollouts, lengths, strict=True):
+        if length == 0:
+            continue
+        token_losses = _token_losses(case, config, rollout, student, teacher, reference)
+        if case.aggregation == "token_mean":
+            terms.append(token_losses.sum() / sum(lengths))
+        else:
+            terms.append(token_losses.sum() / length / len(rollouts))
+    loss = torch.stack(terms).sum()
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+def _loss_tokens(rollout: Rollout, case: StepCase) -> int:
+    cut = rollout.completion.finish_reason == "length" and case.mask_truncated
+    return 0 if cut else len(rollout.completion.token_ids)
+
+
+def _token_losses(
+    case: StepCase, config: Config, rollout: Rollout, student: Any, teacher: Any, reference: Any
+) -> Tensor:
+    prompt, answer = rollout.prompt.token_ids, rollout.completion.token_ids
+    picked = torch.tensor(answer)[:, None]
+    s_rows = all_logprobs(student, prompt, answer)
+    with torch.no_grad():
+        t_rows, r_rows = (all_logprobs(m, prompt, answer) for m in (teacher, reference))
+    s, t, r = (rows.gather(-1, picked)[:, 0] for rows in (s_rows, t_rows, r_rows))
+    if rollout.source == "teacher" or case.method == "sft":
+        return -s
+    a2 = (t - s).detach()
+    open_ = (rollout.verifier_advantage * a2 > 0) & (case.method == "sg_opd")
+    lam = torch.where(open_, torch.tensor(1.8).double(), torch.tensor(1.0).double())
+    engine = torch.tensor(rollout.completion.logprobs, dtype=torch.float64)
+    tis = (s.detach() - engine).exp().clamp(max=config.rollout.tis_cap)
+    if case.estimator == "sampled":
+        return -tis * (a2 + (lam - 1) * (t - r)) * s
+    target = (lam[:, None] * t_rows + (1 - lam[:, None]) * r_rows).log_softmax(-1)
+    return tis * (s_rows.exp() * (s_rows - target)).sum(-1)
+
+
+# -- the same under Megatron -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    student: Student
+    teacher: Frozen
+    reference: Frozen
+    groups: Groups
+    config: Config
+    objective: Objective
+
+
+def assemble_parts(case: StepCase, groups: Groups) -> Parts:
+    config = config_of(case)
+    modules = {}
+    for name in ("student", "teacher", "reference"):
+        path = Path(getattr(case, name))
+        modules[name] = build_model(
+            read_hf_config(path),
+            groups,
+            dtype=torch.float32,
+            make_vocab_size_divisible_by=1,
+            trainable=name == "student",
+        )
+        load_hf_weights(modules[name], path, groups)
+    return Parts(
+        make_student(modules["student"], config, groups),
+        Frozen(modules["teacher"], groups),
+        Frozen(modules["reference"], groups),
+        groups,
+        config,
+        Objective.of(config, eps=0.0),
+    )
+
+
+def my_share(rollouts: list[Rollout], groups: Groups, case: StepCase) -> list[Rollout]:
+    if case.long_first:  # the long sequence alone on the first replica, all others on the second
+        return rollouts[:1] if groups.dp_rank == 0 else rollouts[1:]
+    size = len(rollouts) // groups.dp_size
+    return rollouts[groups.dp_rank * size : (groups.dp_rank + 1) * size]
+
+
+def full_gradients(parts: Parts) -> dict[str, Tensor]:
+    """Every main_grad as a Hugging Face tensor, through the weight stream."""
+    module = parts.student.module
+    kept = {n: p.data for n, p in module.named_parameters()}
+    for p in module.parameters():
+        p.data = p.main_grad.clone()
+    gradients = {n: g.clone() for n, g in iter_hf_weights(module, parts.groups)}
+    for n, p in module.named_parameters():
+        p.data = kept[n]
+    return gradients
+
+
+def gradient_errors(case: StepCase) -> dict[str, Any]:
+    """|loss - formula| and max|d|/max|ref| of each gradient, on this rank."""
+    rollouts = draw_rollouts(case)
+    expected_loss, expected = formula(case, rollouts)
+    with layout(tp=case.tp) as groups:
+        parts = assemble_parts(case, groups)
+        work = prepare(
+            parts.teacher,
+            parts.reference,
+            my_share(rollouts, groups, case),
+            parts.objective,
+            parts.config,
+            parts.student,
+        )
+        loss, sums = accumulate_gradients(parts.student, work, parts.objective)
+        metrics = gather_metrics(parts.student, loss, sums, work)
+        gradients = full_gradients(parts)
+    missing = set(expected) ^ set(gradients)
+    return {
+        "missing": missing,
+        "loss": abs(metrics["train/loss"] - expected_loss) / max(abs(expected_loss), 1e-30),
+        "gradients": {
+            n: float((gradients[n].double() - g).abs().max() / g.abs().max())
+            for n, g in expected.items()
+            if n in gradients
+        },
+        "metrics": metrics,
+        "frozen_gradients": sum(
+            p.grad is not None or p.requires_grad or hasattr(p, "main_grad")
+            for frozen in (parts.teacher, parts.reference)
+            for p in frozen.module.parameters()
+        ),
+    }
+
+
+def step_errors(case: StepCase) -> dict[str, float]:
+    """Largest weight error after one optimizer step, against torch's AdamW in float64."""
+    rollouts = draw_rollouts(case)
+    config = config_of(case)
+    _, gradients = formula(case, rollouts)
+    norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))  # type: ignore[arg-type]
+    student = hf_model(case.student)
+    parameters = dict(student.named_parameters())
+    for name, p in parameters.items():
+        p.grad = gradients[name] * min(1.0, config.optimizer.clip_grad / (float(norm) + 1e-6))
+    o = config.optimizer
+    torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=o.lr,
+        betas=(o.adam_beta1, o.adam_beta2),
+        eps=o.adam_eps,
+    ).step()
+    with layout(tp=case.tp) as groups:
+        parts = assemble_parts(case, groups)
+        metrics = train_step(
+            parts.student,
+            parts.teacher,
+            parts.reference,
+            my_share(rollouts, groups, case),
+            parts.objective,
+            replace(parts.config),
+            Clock(),
+        )
+        after = {n: w.clone() for n, w in iter_hf_weights(parts.student.module, groups)}
+    # AdamW's first step moves a weight by about lr * sign(g): where g is rounding noise its sign
+    # is free, so weights are compared where the gradient stands clear of it.
+    worst = 0.0
+    for name, p in parameters.items():
+        clear = gradients[name].abs() > 1e-3 * gradients[name].abs().max()
+        worst = max(worst, float(((after[name].double() - p.detach()) * clear).abs().max()))
+    return {
+        "weights": worst / o.lr,
+        "grad_norm": abs(metrics["train/grad_norm"] - float(norm)) / float(norm),
+        "lr": metrics["train/lr"],
+        "norm": float(norm),
+    }
+
+
+def self_teacher(case: StepCase) -> dict[str, float]:
+    """A teacher that is a copy of the student, through the real frozen path."""
+    from megatron_sgopd.train_step import measure_tie_width
+
+    case = replace(case, teacher=case.student, reference=case.student)
+    rollouts = [replace(r, source="student") for r in draw_any_rollouts(case)]
+    with layout(tp=case.tp) as groups:
+        parts = assemble_parts(case, groups)
+        share = my_share(rollouts, groups, case)
+        eps = measure_tie_width(parts.student, share, parts.config)
+        work = prepare(
+            parts.teacher,
+            parts.reference,
+            share,
+            Objective.of(parts.config, eps),
+            parts.config,
+            parts.student,
+        )
+        loss, sums = accumulate_gradients(
+            parts.student, work, Objective.of(parts.config, eps)
+        )
+        metrics = gather_metrics(parts.student, loss, sums, work)
+        norm = max(float(p.main_grad.abs().max()) for p in parts.student.module.parameters())
+    return {"eps": eps, "open": metrics["gate/open_rate"], "gradient": norm}
+
+
+def draw_any_rollouts(case: StepCase) -> list[Rollout]:
+    rng = random.Random(case.seed)
+    return [
+        Rollout(
+            Prompt(f"p{i}", tuple(rng.randrange(case.vocab) for _ in range(3)), "1"),
+            Completion(
+                tuple(rng.randrange(case.vocab) for _ in range(9)), (-3.0,) * 9, "stop", 0, i
+            ),
+            "student",
+            i % 2 == 0,
+            verifier_advantage=1.0 if i % 2 == 0 else -1.0,
+        )
+        for i in range(4)
+    ]
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+METHODS = tuple(sgopd.METHODS)

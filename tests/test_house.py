@@ -1,0 +1,281 @@
+"""The house rules that a tool can check: floors, doors, file sizes, requirements, make's targets."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 400
+UNTRACKED = {"__pycache__", "build", "runs"}  # and whatever starts with a dot, but for .ci
+
+# Places of one machine, and hosts of package indexes. The escapes keep this file from matching.
+MACHINE_PATH = re.compile(r"(?<![\w.*~}>)-])/(?:home|root|Users|work)/\w|\bfile:/{3}\w")
+INDEX_HOST = re.compile(r"pypi\.org/simple|pythonhosted\.org|pytorch\.org/whl")
+MAY_NAME_AN_INDEX = {"Makefile", "README.md"}  # through the one variable TORCH_INDEX
+
+FLOORS = "floors: imports go down only"
+MATHEMATICS = "the mathematics knows neither Megatron nor vLLM"
+LIGHT = "recipes, nouns and the verifier stay light"
+ENGINE = "vLLM runs in its own process"
+
+
+def project_files(*suffixes: str) -> Iterator[Path]:
+    """The files of the checkout, build products and environments left out."""
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in UNTRACKED
+            and not name.endswith(".egg-info")
+            and (not name.startswith(".") or name == ".ci")
+        ]
+        for name in names:
+            path = Path(folder, name)
+            if not suffixes or path.suffix in suffixes:
+                yield path
+
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def declared_requirements() -> dict[str, Requirement]:
+    project = pyproject()["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    return {canonicalize_name(line.name): line for line in map(Requirement, lines)}
+
+
+def requirement_lines(path: str) -> list[str]:
+    """The logical lines of a requirements file: no comments, continuation lines joined."""
+    text = (ROOT / path).read_text().replace("\\\n", " ")
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def locked_versions() -> dict[str, Version]:
+    pins = (line.split()[0].split("==") for line in requirement_lines("requirements/cpu.lock"))
+    return {canonicalize_name(name): Version(version) for name, version in pins}
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a tool of this environment; make's own variables do not reach it."""
+    inherited = {"ARGS", "ARMS", "LEVEL", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "QUICK", "SEED"}
+    environment = {key: value for key, value in os.environ.items() if key not in inherited}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def lint_imports(cwd: Path) -> subprocess.CompletedProcess[str]:
+    program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
+    return run(sys.executable, "-c", program, cwd=cwd)
+
+
+def copy_package(target: Path) -> Path:
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "megatron_sgopd", target / "megatron_sgopd", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", target)
+    return target
+
+
+@pytest.fixture
+def copy_of_package(tmp_path: Path) -> Path:
+    return copy_package(tmp_path)
+
+
+def plant(root: Path, module: str, line: str) -> None:
+    path = root / "megatron_sgopd" / module
+    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+
+
+PLANTED = {  # what is planted: the contract that must name it, and how
+    ("metrics.py", "import megatron_sgopd.evaluate"): (
+        FLOORS,
+        "metrics -> megatron_sgopd.evaluate",
+    ),
+    ("packing.py", "import megatron_sgopd.hf_files"): (
+        FLOORS,
+        "packing -> megatron_sgopd.hf_files",
+    ),
+    ("train.py", "import megatron_sgopd.demo"): (FLOORS, "train -> megatron_sgopd.demo"),
+    ("utils.py", "import math"): (FLOORS, "utils"),
+    ("loss.py", "import megatron.core"): (MATHEMATICS, "loss -> megatron"),
+    ("rollout.py", "import vllm"): (ENGINE, "rollout -> vllm"),
+    ("config/schema.py", "import torch"): (LIGHT, "config.schema -> torch"),
+    ("verifier/rules.py", "import torch"): (LIGHT, "verifier.rules -> torch"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken_contracts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Contract name -> import-linter's words on it, for a copy with everything above planted."""
+    root = copy_package(tmp_path_factory.mktemp("planted"))
+    for module, line in PLANTED:
+        plant(root, module, line)
+    result = lint_imports(root)
+    assert result.returncode == 1, result.stdout + result.stderr
+    _, details = result.stdout.split("Broken contracts", maxsplit=1)
+    parts = re.split(r"^(.+)\n-{3,}$", details, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_floors_and_doors_hold():
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"Contracts: \d+ kept, 0 broken", result.stdout)
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: " ".join(planted))
+def test_planted_import_breaks_its_contract(
+    broken_contracts: dict[str, str], planted: tuple[str, str]
+):
+    contract, evidence = PLANTED[planted]
+    (words,) = (text for name, text in broken_contracts.items() if name.startswith(contract))
+    assert re.search(rf"- megatron_sgopd\.{re.escape(evidence)}\b", words), words
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "codes"),
+    [
+        ("sgopd.py", "import megatron.core", {"TID251"}),
+        ("rollout.py", "from vllm import LLM", {"TID251"}),
+        ("student.py", "import megatron.core.optimizer", set()),  # a door
+        ("types.py", "import torch", {"TID253"}),
+        ("statistics.py", "from torch import Tensor", {"TID253"}),
+        ("verifier/pool.py", "import torch.nn", {"TID253"}),
+        ("demo/models.py", "import transformers", {"TID253"}),
+        ("loss.py", "import torch.nn", set()),
+        ("statistics.py", "def late():\n    import torch\n", set()),
+        ("loss.py", "from . import sgopd", {"TID252"}),
+    ],
+)
+def test_planted_import_meets_ruffs_bans(
+    copy_of_package: Path, module: str, line: str, codes: set[str]
+):
+    plant(copy_of_package, module, line)
+    path = f"megatron_sgopd/{module}"
+    command = ("-m", "ruff", "check", "--no-cache", "--select", "TID", "--output-format", "concise")
+    result = run(sys.executable, *command, path, cwd=copy_of_package)
+    assert set(re.findall(r"TID\d+", result.stdout)) == codes, result.stdout + result.stderr
+
+
+def test_files_stay_short():
+    package = ROOT / "megatron_sgopd"
+    lengths = {
+        str(path.relative_to(ROOT)): path.read_text().count("\n")
+        for path in project_files(".py")
+        if path.is_relative_to(package)
+    }
+    assert len(lengths) > 20, "the package was not found"
+    assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}, "split these files"
+
+
+def test_no_file_names_a_machine_or_an_index():
+    found = []
+    for path in project_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue  # an image
+        name = str(path.relative_to(ROOT))
+        patterns = [MACHINE_PATH] if name in MAY_NAME_AN_INDEX else [MACHINE_PATH, INDEX_HOST]
+        for number, line in enumerate(text.splitlines(), start=1):
+            found += [f"{name}:{number}: {line}" for regex in patterns if regex.search(line)]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("line", "is_caught"),
+    [
+        ("open('/home/" + "ada/data')", True),
+        ("--find-links file:" + "///wheels", True),
+        ("cd /work" + "/main", True),
+        ("runs/home/x and recipes/work/y", False),
+        ("$HOME/work/x", False),
+        ("~/root/x", False),
+    ],
+)
+def test_machine_path_pattern(line: str, is_caught: bool):
+    assert bool(MACHINE_PATH.search(line)) == is_caught
+
+
+def test_pyproject_declares_ranges_only():
+    project = pyproject()["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    exact = [
+        line
+        for line in lines
+        if Requirement(line).url
+        or any(s.operator in ("==", "===") for s in Requirement(line).specifier)
+    ]
+    assert len(lines) > 20
+    assert exact == []
+    assert "apex" not in {Requirement(line).name for line in lines}, "not NVIDIA's apex on PyPI"
+
+
+def test_lock_pins_and_hashes_every_package():
+    lines = requirement_lines("requirements/cpu.lock")
+    pattern = re.compile(r"[a-z0-9][a-z0-9._-]*==[^\s;]+( +--hash=sha256:[0-9a-f]{64})+")
+    assert len(lines) > 50
+    assert [line[:80] for line in lines if not pattern.fullmatch(line)] == []
+
+
+def test_lock_lies_within_the_declared_ranges():
+    locked = locked_versions()
+    declared = declared_requirements()
+    assert sorted(declared.keys() - locked.keys()) == [], "run make lock"
+    outside = {
+        name: str(locked[name])
+        for name, requirement in declared.items()
+        if not requirement.specifier.contains(locked[name], prereleases=True)
+    }
+    assert outside == {}, "run make lock"
+
+
+@pytest.mark.parametrize("path", ["requirements/cpu.in", "requirements/vllm-constraints.txt"])
+def test_lock_obeys_its_inputs(path: str):
+    locked = locked_versions()
+    requirements = [Requirement(line) for line in requirement_lines(path)]
+    assert len(requirements) >= 4
+    for requirement in requirements:
+        version = locked[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}, locked: {version}"
+
+
+def test_lock_holds_the_build_backend_and_no_cuda():
+    locked = locked_versions()
+    assert str(locked["torch"]).endswith("+cpu")
+    assert [name for name in locked if name.startswith(("nvidia-", "triton"))] == []
+    (backend,) = map(Requirement, pyproject()["build-system"]["requires"])
+    assert backend.specifier.contains(locked[backend.name]), "installing would need isolation"
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ((), ""),
+        (("QUICK=1",), "--quick"),
+        (("QUICK=0",), ""),
+        (("SEED=7", "LEVEL=hard"), "--seed 7 --level hard"),
+        (
+            ("SEED=7", "LEVEL=hard", "ARMS=all", "QUICK=1"),
+            "--seed 7 --level hard --arms all --quick",
+        ),
+    ],
+)
+def test_make_demo_hands_its_variables_on(variables: tuple[str, ...], options: str):
+    result = run("make", "--dry-run", "demo", *variables, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    joined = " ".join(result.stdout.replace("\\\n", " ").split())
+    assert joined.endswith(f".venv/bin/python -m megatron_sgopd.demo {options}".strip()), joined

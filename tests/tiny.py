@@ -1,0 +1,47 @@
+"""Tiny random Hugging Face models, made by transformers at test time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+def tiny_config(
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    kv: int = 2,
+    head_dim: int = 32,
+    vocab: int = 37,
+    tied: bool = False,
+    **options: Any,
+) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=hidden * 2 + 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=head_dim,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        **options,
+    )
+
+
+def make_hf_dir(
+    path: Path, seed: int, *, dtype: torch.dtype = torch.float32, **sizes: Any
+) -> Path:
+    """A Hugging Face directory whose weights make a real test: large, with uneven norms."""
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(tiny_config(**sizes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(1 + 0.2 * torch.randn_like(p) if "norm" in name else 0.08 * torch.randn_like(p))
+    model.to(dtype).save_pretrained(path)
+    return path
