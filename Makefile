@@ -45,20 +45,24 @@ $(LOCK_STAMP):
 		echo "make: $(LOCK) needs Python 3.11; found: '$(PYTHON)'. Install python3.11 with its venv" \
 			"module, or name one: make PYTHON=/path/to/python3.11 venv" >&2; exit 1; fi
 	@echo "make: .venv from $(LOCK) ($(PYTHON))"
-	'$(PYTHON)' -m venv --clear .venv
+	@'$(PYTHON)' -m venv --clear .venv
 	@# torch first and alone: the one package an index may lack, so that a failure comes at once.
 	@awk '/^[a-zA-Z0-9]/ { torch = /^torch==/ } torch' $(LOCK) > .venv/torch.lock
-	$(PIP_INSTALL) --require-hashes --only-binary :all: -r .venv/torch.lock || { \
-		echo 'make: not in the configured index; once more with $(TORCH_INDEX)' >&2; \
-		$(PIP_INSTALL) --require-hashes --only-binary :all: -r .venv/torch.lock \
-			--extra-index-url '$(TORCH_INDEX)'; } || { \
-		echo "make: the CPU build of torch could not be installed ($$(grep -o '^torch==[^ ]*' $(LOCK)))." \
-			"Name an index that has it: make TORCH_INDEX=URL venv" >&2; exit 1; }
-	$(PIP_INSTALL) --require-hashes --only-binary :all: -r $(LOCK)
+	@torch="$$(grep -o '^torch==[^ ]*' .venv/torch.lock)"; \
+	install() { $(PIP_INSTALL) --require-hashes --only-binary :all: -r "$$@"; }; \
+	echo "make: installing $$torch"; \
+	if ! install .venv/torch.lock; then \
+		echo "make: no $$torch in pip's configured index; looking in $(TORCH_INDEX)" >&2; \
+		if ! install .venv/torch.lock --extra-index-url '$(TORCH_INDEX)'; then \
+			echo "make: $$torch could not be installed, pip says why above. Where the index is out of" \
+				"reach, name another that has it: make TORCH_INDEX=URL venv" >&2; exit 1; fi; fi; \
+	echo 'make: installing the rest of $(LOCK)'; \
+	install $(LOCK)
 	@touch $@
 
 $(PROJECT_STAMP): $(LOCK_STAMP)
-	$(PIP_INSTALL) --no-build-isolation --no-index --editable .
+	@echo 'make: installing megatron_sgopd itself, editable'
+	@$(PIP_INSTALL) --no-build-isolation --no-index --editable .
 	@touch $@
 
 demo: venv  ## the distillation on this machine [QUICK=1] [SEED=n] [LEVEL=hard] [ARMS=all]
@@ -97,8 +101,8 @@ lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/cpu.lock anew [ARGS=
 	echo 'make: done; `make venv` installs it'
 
 .venv-lock/.uv-$(UV_VERSION):
-	'$(PYTHON)' -m venv --clear .venv-lock
-	.venv-lock/bin/python -m pip install uv==$(UV_VERSION)
+	@'$(PYTHON)' -m venv --clear .venv-lock
+	@.venv-lock/bin/python -m pip install uv==$(UV_VERSION)
 	@touch $@
 
 clean:  ## remove environments and caches; runs/ stays

@@ -118,7 +118,9 @@ def transformer_config(hf_config: Any, groups: Groups, dtype: torch.dtype) -> Tr
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=on_cpu,
-        perform_initialization=False,  # every weight is loaded or drawn by hf_weights
+        # Every weight is overwritten by hf_weights, but Megatron marks a parameter as tensor
+        # parallel only while it initialises it, and its gradient norm reads those marks.
+        perform_initialization=True,
         # The loss carries the normalisation; see train_step.
         calculate_per_token_loss=True,
         # Fused kernels need CUDA extensions; the local spec runs without them everywhere.

@@ -51,7 +51,7 @@ PANELS = (
     Panel(
         "Gate open",
         ("gate/open_rate", "gate/open_rate_mixed"),
-        "Share of tokens where teacher and verifier agree; dashed: in groups of mixed outcome alone.",
+        "Share of tokens where teacher and verifier agree; dashed: in groups of mixed outcome.",
         percent=True,
     ),
     Panel(

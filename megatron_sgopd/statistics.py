@@ -1,4 +1,4 @@
-"""Accuracy under sampling, with intervals: avg@k, pass@k, bootstrap over problems, paired differences.
+"""Accuracy under sampling: avg@k, pass@k, bootstrap over problems, paired differences.
 
 An evaluation is a list of records, one per problem, each with `num_samples` (n), `num_correct` (c)
 and `greedy_is_correct` (or null). Everything here is arithmetic on those; accuracies are fractions.

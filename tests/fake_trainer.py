@@ -1,4 +1,4 @@
-"""A stand-in for `sgopd train` in the demonstration's tests: it leaves a run folder and learns nothing.
+"""A stand-in for `sgopd train` in tests: it leaves a run folder and learns nothing.
 
     python fake_trainer.py RECIPE key=value ...
 
@@ -61,7 +61,7 @@ def write_run(
             sample = [_rollout(step, p, rng) for p in problems[:6]]
             _write(run_dir / "rollouts" / f"step-{step:06d}.jsonl", sample)
     estimator = "full_vocab" if "full_vocab" in run_dir.name else "sampled"
-    summary = {"method": method, "estimator": estimator, "engine": "embedded"}
+    summary: dict[str, object] = {"method": method, "estimator": estimator, "engine": "embedded"}
     summary |= {"engine_version": "0", "steps": 30, "seconds": 41.5, "seed": seed}
     (run_dir / "summary.json").write_text(json.dumps(summary))
 

@@ -1,4 +1,4 @@
-"""The report page from run folders: what it shows, what it leaves out, what it must not let through."""
+"""The report from run folders: what it shows, leaves out, and must not let through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy statistics against values worked out by hand, and intervals against their own promise."""
+"""Statistics against values worked out by hand, and intervals against their own promise."""
 
 from __future__ import annotations
 
@@ -126,6 +126,7 @@ def test_paired_difference_by_hand_whatever_the_order():
     arm, baseline = records([4, 2, 1]), records([2, 2, 0])
     difference = paired_difference(arm, list(reversed(baseline)))
     assert difference.mean == pytest.approx((0.5 + 0 + 0.25) / 3)
+    assert difference.ci95 == pytest.approx(bootstrap_ci95([0.5, 0, 0.25]))
 
 
 def test_pairing_takes_the_problems_difficulty_out():

@@ -329,18 +329,18 @@ def test_lengths_are_bounded() -> None:
     assert verify(r"\boxed{" + "{" * 10**5 + "5" + "}" * 10**5 + "}", "5").reason == "too_long"
 
 
-@pytest.mark.parametrize(
-    "piece",
-    ["{", "(", "\\", "\\{1,", "1,000", r"\text{a}/", r" \text{ }", "^", r"\frac1", r"\pm", " or "]
-    + [r"\sqrt", "1 ", " cm", "\\\\[", "x=", "ﷺ", "½", "'1", r"{\rm "],
-)
+REPEATED = ("{", "(", "\\", "\\{1,", "1,000", r"\text{a}/", r"\text{ } ", "^", "½", "ﷺ", "1'", "x=")
+REPEATED_COMMANDS = (r"\frac1", r"\sqrt", r"\pm", " or ", "1 ", " cm", r"\\[", r"{\rm ")
+
+
+@pytest.mark.parametrize("piece", REPEATED + REPEATED_COMMANDS)
 def test_quick_rules_are_quick_on_any_text(piece: str) -> None:
     """They run in the trainer's own process, where nothing could stop them."""
     text = "5" + (piece * QUICK_CHARS)[: QUICK_CHARS - 2] + "!"
-    start = time.perf_counter()
+    start = time.process_time()
     decide_quickly(text, r"5\text{ cm}")
     clean(piece * (MAX_ANSWER_CHARS // len(piece)))
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 HOSTILE = [

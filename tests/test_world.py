@@ -1,4 +1,4 @@
-"""The demonstration's problems: right answers, wrong lessons as intended, splits that never meet."""
+"""The demonstration's problems: right answers, intended faults, splits that never meet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From evaluations to the table, summary.json's figures, and sentences that say no more than these."""
+"""From evaluations to the table, the summary, and sentences that say no more than the figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sgopd.demo.arms import BASELINE, LIFT_BAR
 from megatron_sgopd.statistics import Difference, Record, paired_difference, summarize
 
-QUICK_VERDICT = "Quick form: a few steps on a few problems. Every part ran; the figures make no claim on accuracy."
+QUICK_VERDICT = "Quick form: a few steps on a few problems, which make no claim on accuracy."
 
 
 def read_evaluation(run_dir: Path) -> list[dict[str, Any]]:
@@ -151,8 +151,8 @@ def _greedy_readings(arms: Mapping[str, Any], before: Mapping[str, Any]) -> list
     sentence = f"Greedy accuracy: student before {_percent(before['greedy'])}, {after} (per cent)"
     if before["greedy"] > before["avg_at_k"] + 0.2:
         sentence += (
-            "; the student knew much of this when greedy, so a good part of the lift is reliability "
-            "under sampling"
+            "; the student knew much of this when greedy, so a good part of the lift is "
+            "reliability under sampling"
         )
     return [sentence + "."]
 

@@ -1,7 +1,7 @@
-"""Phases with a memory: a result is reused while what it was made from, and what it is, are unchanged.
+"""Phases with a memory: a result is reused while its inputs and its files are unchanged.
 
-A phase's folder holds `phase.json` with the key of its inputs and the SHA-256 of every file it left.
-The file is written last, so that an interrupted phase has none and is done again.
+A phase's folder holds `phase.json` with the key of its inputs and the SHA-256 of every file it
+left, written last, so that an interrupted phase has none and is done again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The demonstration's maths problems: chains of +, - and * modulo 10, worked from left to right.
 
 A problem reads `From left to right, mod 10: 7+4*3-8=` and its worked solution
-`7+4=1;1*3=3;3-8=5;\\boxed{5}`. Every problem belongs to one split by a hash of its text, so that the
-splits of all seeds and levels are disjoint by construction.
+`7+4=1;1*3=3;3-8=5;\\boxed{5}`. Every problem belongs to one split by a hash of its text, so that
+the splits of all seeds and levels are disjoint by construction.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def apply(left: int, operator: str, right: int) -> int:
 
 
 def split_of(text: str) -> Split:
-    """The split a problem belongs to, whatever the seed: 10 % dev, 10 % test by SHA-256 of the text."""
+    """The split of a problem, whatever the seed: 10 % dev, 10 % test, by SHA-256 of the text."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
     return "test" if bucket == 0 else "dev" if bucket == 1 else "train"
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +127,9 @@ class VerifierPool:
                 progress(finished, len(pairs))
         return [verdict for verdict in verdicts if verdict is not None]
 
-    def verify_iter(self, pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[int, Verdict]]:
+    def verify_iter(
+        self, pairs: Iterable[tuple[str, str]]
+    ) -> Generator[tuple[int, Verdict], None, None]:
         """(index, verdict) of each (completion, answer) pair, as they finish.
 
         `pairs` is read as it is needed: a few pairs ahead of the workers.

@@ -131,13 +131,14 @@ def _group(text: str) -> _Group | None:
 def _groups_equal(given: _Group, wanted: _Group, leaf: Leaf, depth: int) -> bool:
     if given.is_set != wanted.is_set and given.brackets and wanted.brackets:
         return False  # a set and a tuple
-    if not given.brackets and not wanted.brackets or given.is_set or wanted.is_set:
+    if (not given.brackets and not wanted.brackets) or given.is_set or wanted.is_set:
         return _same_items(given.items, wanted.items, leaf, depth)
     if len(given.items) != len(wanted.items):
         return False
-    if len(given.items) == 2:  # two ends: the brackets say open or closed; a bare list is (a, b)
-        if (given.brackets or "()") != (wanted.brackets or "()"):
-            return False
+    # With two ends the brackets say open or closed; a bare list is (a, b).
+    same_brackets = (given.brackets or "()") == (wanted.brackets or "()")
+    if len(given.items) == 2 and not same_brackets:
+        return False
     return all(
         structures_equal(a, b, leaf, depth + 1)
         for a, b in zip(given.items, wanted.items, strict=True)

@@ -121,7 +121,8 @@ _BARE_UNITS = "|".join(
 _UNIT = (
     r"(?: ?(?:\\text\{[^{}]{1,60}\}"
     rf"|(?<=[ /\d}}^])(?:{_BARE_UNITS})(?![a-zA-Z(])"
-    r"|(?<= )[mshgLNJWVAK](?![a-zA-Z({])|(?<= )[a-zA-Z]{4,20}(?![a-zA-Z({])|(?<=/)[mshgL](?![a-zA-Z({])"
+    r"|(?<= )[mshgLNJWVAK](?![a-zA-Z({])|(?<= )[a-zA-Z]{4,20}(?![a-zA-Z({])"
+    r"|(?<=/)[mshgL](?![a-zA-Z({])"
     r"|\^\{\\circ\}|(?<=\})[CF](?![a-zA-Z]))"
     r"(?:\^\{-?\d\})?/?)"
 )
@@ -174,7 +175,7 @@ def split_unit(text: str) -> tuple[str, str]:
     return match["value"].strip(), _canonical_unit(match["unit"])
 
 
-# --- words
+# --- words and scalars ---------------------------------------------------------------------------
 
 _WORDS = re.compile(r"\\text\{([^{}]*)\}|([a-zA-Z][a-zA-Z ]+)")
 _PRODUCT = re.compile(r"[a-z]{1,6}")  # ab and ba may be products; longer ones are words

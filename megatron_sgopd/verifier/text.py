@@ -57,27 +57,25 @@ _UNICODE = {
     "…": "\\ldots ",
     "℃": "^{\\circ}C",
     "℉": "^{\\circ}F",
-    **{  # Greek letters by their Unicode names; the letter's final form and its variants keep theirs
+    **{  # Greek letters by their Unicode names
         chr(code): f"\\{name.lower()} "
         for code, name in (
             (code, unicodedata.name(chr(code), "").rpartition(" ")[2].replace("LAMDA", "LAMBDA"))
             for code in range(0x3B1, 0x3CA)
         )
     },
-    **{
-        "Γ": "\\Gamma ",
-        "Δ": "\\Delta ",
-        "∆": "\\Delta ",
-        "Θ": "\\Theta ",
-        "Λ": "\\Lambda ",
-        "Π": "\\Pi ",
-        "Σ": "\\Sigma ",
-        "Φ": "\\Phi ",
-        "Ψ": "\\Psi ",
-        "Ω": "\\Omega ",
-        "ϕ": "\\phi ",
-        "ϵ": "\\epsilon ",
-    },
+    "Γ": "\\Gamma ",
+    "Δ": "\\Delta ",
+    "∆": "\\Delta ",
+    "Θ": "\\Theta ",
+    "Λ": "\\Lambda ",
+    "Π": "\\Pi ",
+    "Σ": "\\Sigma ",
+    "Φ": "\\Phi ",
+    "Ψ": "\\Psi ",
+    "Ω": "\\Omega ",
+    "ϕ": "\\phi ",
+    "ϵ": "\\epsilon ",
 }
 for _name in ("VULGAR FRACTION", "SUPERSCRIPT", "SUBSCRIPT"):
     for _code in (*range(0xB2, 0xBF), *range(0x2070, 0x209D), *range(0x2150, 0x215F), 0x2189):
@@ -167,7 +165,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"_(\w)", r"_{\1}"),
     )
 )
-# Thousands: 1,234 · 1{,}234 · 1\,234 · 1 234 · 1'234, and 1,234,567.8; never after a digit or a point.
+# Thousands: 1,234 · 1{,}234 · 1\,234 · 1 234 · 1'234; never after a digit or a point.
 _THOUSANDS_MARK = r"(?:\{,\}|\\,|\\ |\\!|,\\!|'| )"
 _THOUSANDS = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_THOUSANDS_MARK}\d{{3}})+(?!\d)")
 _COMMA_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")

@@ -65,7 +65,7 @@ def compare(extracted: str, answer: str) -> Verdict:
 
 
 def _compare(extracted: str, answer: str, leaf: Any) -> Verdict:
-    boxed_answer, reason = extract_boxed(answer)
+    boxed_answer, _ = extract_boxed(answer)
     answer = answer if boxed_answer is None else boxed_answer
     if len(extracted) > MAX_ANSWER_CHARS or len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, None, "too_long")
@@ -125,7 +125,7 @@ def _grammar(is_real: bool) -> Any:
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 
-    class Grammar(_Latex2Sympy):  # type: ignore[misc]
+    class Grammar(_Latex2Sympy):
         def parse_number(self, text: str) -> Any:
             text = text.replace(",", "")
             return sympy.Integer(int(text)) if text.isdigit() else sympy.Float(text)

@@ -269,7 +269,7 @@ def _load(name: str) -> Check:
 
 
 def _warm_up() -> None:
-    """Import SymPy and fill the grammar's tables once, so that a forked worker starts in no time."""
+    """Import SymPy and fill the grammar's tables once, for the workers forked later."""
     for given, wanted in (
         (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
         (r"(x+1)^2", r"x^2+2x+1"),
