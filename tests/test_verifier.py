@@ -354,6 +354,8 @@ HOSTILE = [
     'f\'{{open("{marker}","w")}}\'',
     "1+2*3",
     "(1+2)**2",
+    "0.5 + 2.25x",
+    "1.5E3 + x",
 ]
 
 
@@ -387,7 +389,8 @@ print(json.dumps([compiled, started]))
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     compiled, started = json.loads(result.stdout)
-    assert compiled[0] == "b'40 + 2'" and started == []
+    assert compiled[0] == "b'40 + 2'"
+    assert started == []
     # SymPy builds its monomials' arithmetic from source, of its own names and a count alone.
     others = [source for source in compiled[1:] if not source.startswith("b'def monomial_")]
     assert others == []

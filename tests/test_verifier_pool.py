@@ -315,6 +315,10 @@ def test_a_fork_of_the_owner_leaves_the_pool_alone(pool: VerifierPool) -> None:
     assert pool.server_pid == server
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 PROGRAM = """
 import sys
 print("imported", flush=True)
@@ -340,10 +344,14 @@ def test_processes_die_with_a_killed_trainer(judge_path: str, tmp_path: Path) ->
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with start_program(tmp_path, str(fifo)) as trainer:
-        worker = int(fifo.read_text())  # it is in the middle of an answer
+        first_worker = int(fifo.read_text())  # it is in the middle of an answer
         assert trainer.stdout is not None
         trainer.stdout.readline()
-        server = int(trainer.stdout.readline().split()[0])
+        os.kill(int(trainer.stdout.readline().split()[0]), signal.SIGKILL)
+        assert is_gone(first_worker), "a busy worker dies with its server"
+        worker = int(fifo.read_text())  # the answer was given to a new server
+        server = parent_of(worker)
+        assert parent_of(server) == trainer.pid
         trainer.kill()
     assert is_gone(server) and is_gone(worker)
 

@@ -80,7 +80,7 @@ def trainings(
             "model.teacher.hf_path={home}/teacher/hf",
             f"data.train={world}/train.jsonl",
             f"evaluation.during_data={world}/dev.jsonl",
-            *(_quick_overrides(3) if quick else ()),
+            *((*_quick_overrides(3), *_QUICK_CURVES) if quick else ()),
         ]
         plans.append(_training(arm, overrides, ("world", "teacher", "student"), extra, recipes))
     return plans
@@ -103,12 +103,13 @@ def _sft_steps(role: str, sizes: WorldSizes = QUICK_SIZES) -> int:
 
 def _quick_overrides(steps: int) -> tuple[str, ...]:
     """A few steps on a few problems: every part runs, nothing is learnt."""
-    return (
-        f"num_steps={steps}",
-        "optimizer.lr_warmup_steps=1",
-        "evaluation.every=2",
-        "evaluation.during_k=2",
-        "evaluation.during_max_problems=4",
-        "evaluation.k=2",
-        "logging.rollouts_every=1",
-    )
+    return (f"num_steps={steps}", "optimizer.lr_warmup_steps=1", "evaluation.k=2")
+
+
+# For the arms alone: supervised runs have no development set, and would look at the test problems.
+_QUICK_CURVES = (
+    "evaluation.every=2",
+    "evaluation.during_k=2",
+    "evaluation.during_max_problems=4",
+    "logging.rollouts_every=1",
+)

@@ -224,7 +224,8 @@ def conclude(options: Options, progress: Progress) -> dict[str, Any]:
     print("\n".join(f"- {sentence}" for sentence in sentences))
     if not options.quick:
         print(f"\n{summary['verdict']}")
-    print(f"\n{summary_path}\n{report_path}")
+    print(f"\nSeconds: {_phase_seconds(progress)}.")
+    print(f"{summary_path}\n{report_path}")
     return summary
 
 
@@ -234,6 +235,13 @@ def sizes_of(options: Options) -> WorldSizes:
 
 def _world_of(options: Options) -> dict[str, Any]:
     return {"seed": options.seed, "level": options.level}
+
+
+def _phase_seconds(progress: Progress) -> str:
+    return ", ".join(
+        f"{name} {seconds:.0f}{' (reused)' if name in progress.reused else ''}"
+        for name, seconds in progress.seconds.items()
+    )
 
 
 def _reused(name: str, directory: Path, key: str, progress: Progress) -> bool:

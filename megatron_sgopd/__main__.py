@@ -1,0 +1,102 @@
+"""The command line: `sgopd train RECIPE [key=value …]`.
+
+Arguments and recipe are checked before torch is imported, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_sgopd.config.checks import resolve
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.load import load_config, to_yaml
+from megatron_sgopd.config.schema import Config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: done, or stopped on request with a checkpoint; 1: failed; 2: bad recipe."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        print(f"sgopd: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sgopd", description="Sign-gated on-policy distillation on Megatron-Core."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, text in (
+        ("train", train, "run a recipe; on the same run directory, resume it"),
+        ("config", show_config, "print a recipe with every default and override resolved"),
+    ):
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/…")
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="such as distill.gate.lambda_high=1.5",
+        )
+        command.set_defaults(run=run)
+    return parser
+
+
+def train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.recipe, arguments.overrides)
+    place = rank_environment(os.environ)
+    if place is not None:
+        os.environ.update(place)
+        return _run_rank(resolve(config, int(place["WORLD_SIZE"])))
+    resolved = resolve(config)
+    from megatron_sgopd.launch import run_ranks
+
+    parallel = resolved.parallel
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    ranks *= parallel.data_parallel_size or 1
+    return run_ranks(
+        ranks,
+        ["train", arguments.recipe, *arguments.overrides],
+        Path(resolved.logging.run_dir or ""),
+    )
+
+
+def show_config(arguments: argparse.Namespace) -> int:
+    print(to_yaml(resolve(load_config(arguments.recipe, arguments.overrides))), end="")
+    return 0
+
+
+def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """This process's place in a job that torchrun or srun started; None when started by hand."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return {k: environment[k] for k in ("RANK", "WORLD_SIZE")}
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in environment]
+        if missing:
+            raise ConfigError(
+                f"started by srun without {' and '.join(missing)}: export the first node's name "
+                "and a free port before srun"
+            )
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_NTASKS"],
+            "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        }
+    return None
+
+
+def _run_rank(config: Config) -> int:
+    from megatron_sgopd.train import main as train_main
+
+    train_main(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

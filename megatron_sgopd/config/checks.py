@@ -1,0 +1,276 @@
+"""Combinations of fields that cannot be, found before anything is started; and derived fields."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.load import flatten
+from megatron_sgopd.config.schema import Config
+
+NO_TEACHER = ("sft", "grpo")
+AT_LEAST_ONE = (
+    "num_steps",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.data_parallel_size",
+    "parallel.micro_batch_size",
+    "parallel.make_vocab_size_divisible_by",
+    "distill.chunk_tokens",
+    "distill.phases.attempts",
+    "rollout.num_prompts",
+    "rollout.n",
+    "rollout.max_prompt_tokens",
+    "rollout.max_new_tokens",
+    "rollout.max_batch_size",
+    "verifier.num_workers",
+    "verifier.memory_mb",
+    "evaluation.k",
+    "evaluation.during_k",
+    "evaluation.bootstrap_samples",
+    "evaluation.max_problems",
+    "evaluation.max_new_tokens",
+    "evaluation.during_max_problems",
+    "checkpoint.keep",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "optimizer.min_lr",
+    "optimizer.lr_warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "evaluation.every",
+    "checkpoint.every",
+    "logging.rollouts_every",
+    "logging.rollouts_kept",
+    "distill.phases.ce_weight",
+    "distill.gate.beta",
+)
+ABOVE_ZERO = (
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "rollout.tis_cap",
+    "verifier.timeout_s",
+    "parallel.distributed_timeout_minutes",
+    "distill.adv_clip",
+)
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError on the first thing that cannot be, naming keys, values and the remedy."""
+    for problem in problems(config):
+        raise ConfigError(problem)
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Everything wrong with a config, one message each."""
+    yield from _ranges(config)
+    yield from _sampling(config)
+    yield from _method(config)
+    yield from _gate(config)
+    yield from _optimizer(config)
+    yield from _parallel(config)
+
+
+def resolve(config: Config, world_size: int | None = None) -> Config:
+    """Checks the config and fills what is derived. `world_size`: the job's, where it is known.
+
+    Raises:
+        ConfigError: see `check`; a world size or a model's heads that the layout cannot take.
+    """
+    check(config)
+    parallel, rollout = config.parallel, config.rollout
+    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    dp = parallel.data_parallel_size or max(1, (world_size or replica) // replica)
+    if world_size is not None and dp * replica != world_size:
+        raise ConfigError(
+            f"{world_size} processes cannot be TP {parallel.tensor_model_parallel_size} x PP "
+            f"{parallel.pipeline_model_parallel_size} x DP {dp} = {dp * replica}: start that many, "
+            "or change parallel.*"
+        )
+    if rollout.num_prompts % dp:
+        raise ConfigError(
+            f"rollout.num_prompts is {rollout.num_prompts}, which {dp} data-parallel replicas "
+            f"cannot share equally: use a multiple of {dp}"
+        )
+    _check_models(config)
+    tis = rollout.tis
+    if tis == "auto":
+        tis = "token" if config.distill.estimator == "sampled" else "none"
+    return replace(
+        config,
+        parallel=replace(parallel, data_parallel_size=dp),
+        rollout=replace(rollout, tis=tis),
+        logging=replace(config.logging, run_dir=config.logging.run_dir or f"runs/{config.name}"),
+    )
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    values = flatten(config)
+    for key in AT_LEAST_ONE:
+        if values[key] is not None and values[key] < 1:
+            yield f"{key} is {values[key]}; it must be at least 1"
+    for key in NOT_NEGATIVE:
+        if values[key] < 0:
+            yield f"{key} is {values[key]}; it must not be negative"
+    for key in ABOVE_ZERO:
+        if values[key] is not None and values[key] <= 0:
+            off = " (null is off)" if key == "distill.adv_clip" else ""
+            yield f"{key} is {values[key]}; it must be above 0{off}"
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} is {value}; a finite number is wanted"
+    if not re.fullmatch(r"[\w.+-]+", config.name) or config.name in (".", ".."):
+        yield f"name is {config.name!r}; letters, digits and . _ + - only, since it names a folder"
+
+
+def _sampling(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.top_p != 1.0:
+        yield (
+            f"rollout.top_p is {rollout.top_p}; training needs 1.0: the engine's log-probs would be "
+            "renormalised over the kept tokens while the trainer scores the whole vocabulary"
+        )
+    if rollout.temperature <= 0:
+        yield (
+            f"rollout.temperature is {rollout.temperature}; training samples, so it must be above 0"
+        )
+    if config.evaluation.temperature < 0:
+        yield f"evaluation.temperature is {config.evaluation.temperature}; 0 (greedy) or above"
+    if rollout.stop_token_ids is not None and not rollout.stop_token_ids:
+        yield "rollout.stop_token_ids is []; leave it null for the tokenizer's EOS, or name ids"
+    if rollout.tis == "token" and config.distill.method == "sft":
+        yield "rollout.tis is 'token' with method sft, whose tokens no engine sampled: set it to none"
+
+
+def _method(config: Config) -> Iterator[str]:
+    distill, method = config.distill, config.distill.method
+    teacher = config.model.teacher.hf_path
+    if method not in NO_TEACHER and teacher is None:
+        yield (
+            f"distill.method is {method!r}, which learns from a teacher, and model.teacher.hf_path "
+            "is null: set it to a Hugging Face directory"
+        )
+    if method in ("grpo", "grpd") and config.rollout.n < 2:
+        yield f"distill.method {method!r} compares rollouts of a group; rollout.n is 1, set 2 or more"
+    if distill.estimator == "full_vocab" and distill.adv_clip is not None:
+        yield "distill.adv_clip clips the sampled advantage; estimator full_vocab has none: set null"
+    if distill.ppo_epochs != 1:
+        yield (
+            f"distill.ppo_epochs is {distill.ppo_epochs}; 1 is what there is: one update a batch, "
+            "so that the PPO ratio is 1"
+        )
+    if method == "exopd" and distill.lambda_uniform <= 0:
+        yield f"distill.lambda_uniform is {distill.lambda_uniform}; it must be above 0"
+    if method in NO_TEACHER and config.model.reference.hf_path is not None:
+        yield f"model.reference.hf_path is set, and method {method!r} reads no reference: set null"
+    phases = distill.phases
+    if phases.enabled and method in NO_TEACHER:
+        yield (
+            f"distill.phases.enabled is true with method {method!r}, which has no teacher: set "
+            "distill.phases.enabled=false"
+        )
+    if not 0 <= phases.rho0 <= 1:
+        yield f"distill.phases.rho0 is {phases.rho0}; a share from 0 to 1 is wanted"
+    if not 0 <= phases.hold_frac <= phases.end_frac <= 1:
+        yield (
+            f"distill.phases has hold_frac {phases.hold_frac} and end_frac {phases.end_frac}; "
+            "0 <= hold_frac <= end_frac <= 1 is wanted"
+        )
+
+
+def _gate(config: Config) -> Iterator[str]:
+    gate, distill = config.distill.gate, config.distill
+    if isinstance(gate.eps, str):
+        if gate.eps != "auto":
+            yield f"distill.gate.eps is {gate.eps!r}; 'auto' or a number from 0 on"
+    elif gate.eps < 0:
+        yield f"distill.gate.eps is {gate.eps}; 'auto' or a number from 0 on"
+    if distill.method != "sg_opd":
+        return
+    if gate.lambda_high <= 0 or gate.lambda_low < 0:
+        yield (
+            f"distill.gate has lambda_high {gate.lambda_high} and lambda_low {gate.lambda_low}; "
+            "lambda_high above 0 and lambda_low from 0 on are wanted"
+        )
+    if gate.conflict == "interpolate" and not 0 < gate.lambda_low < 1:
+        yield (
+            f"distill.gate.conflict is 'interpolate' and lambda_low {gate.lambda_low}; it needs a "
+            "lambda_low between 0 and 1, set by hand (none is published)"
+        )
+    if gate.conflict != "interpolate" and gate.lambda_low != 1.0:
+        yield (
+            f"distill.gate.conflict is {gate.conflict!r} and lambda_low {gate.lambda_low}; only "
+            "'interpolate' takes another lambda_low than 1.0"
+        )
+    if distill.estimator == "full_vocab" and gate.forbid_sign_flip:
+        yield "distill.gate.forbid_sign_flip reads the sampled advantage; use estimator sampled"
+    if gate.full_vocab_mode == "candidate":
+        if distill.estimator != "full_vocab":
+            yield "distill.gate.full_vocab_mode 'candidate' needs distill.estimator=full_vocab"
+        if gate.teacher_signal != "t_minus_s" or gate.conflict not in ("plain", "interpolate"):
+            yield (
+                "distill.gate.full_vocab_mode 'candidate' gates T - S with lambda_high and "
+                "lambda_low: use teacher_signal t_minus_s and conflict plain or interpolate"
+            )
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    o = config.optimizer
+    if o.min_lr > o.lr:
+        yield f"optimizer.min_lr {o.min_lr} is above optimizer.lr {o.lr}"
+    if o.lr_warmup_steps > config.num_steps:
+        yield (
+            f"optimizer.lr_warmup_steps is {o.lr_warmup_steps} and num_steps {config.num_steps}: the "
+            "warm-up would never end"
+        )
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(o, key) < 1:
+            yield f"optimizer.{key} is {getattr(o, key)}; from 0 to below 1"
+
+
+def _parallel(config: Config) -> Iterator[str]:
+    p = config.parallel
+    if p.pipeline_model_parallel_size > 1:
+        yield (
+            f"parallel.pipeline_model_parallel_size is {p.pipeline_model_parallel_size}; 1 is what "
+            "is supported so far: use tensor and data parallelism"
+        )
+    impl = config.model.transformer_impl
+    if impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        yield (
+            "model.transformer_impl is 'transformer_engine', which is not installed here: install "
+            "the [gpu] extra on a GPU machine, or set it to 'local'"
+        )
+
+
+def _check_models(config: Config) -> None:
+    """Heads against TP, for every model whose config.json lies on this machine."""
+    tp = config.parallel.tensor_model_parallel_size
+    for role in ("student", "teacher", "reference"):
+        path = getattr(config.model, role).hf_path
+        model = _local_model_config(path, role) if path else None
+        for key in ("num_attention_heads", "num_key_value_heads"):
+            if model and key in model and model[key] % tp:
+                raise ConfigError(
+                    f"parallel.tensor_model_parallel_size is {tp}, and the {role} ({path}) has "
+                    f"{key} {model[key]}, which {tp} ranks cannot share: use a divisor of it"
+                )
+
+
+def _local_model_config(path: str, role: str) -> dict[str, Any] | None:
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"model.{role}.hf_path: {file} is not JSON ({error})") from error
+    return loaded if isinstance(loaded, dict) else None

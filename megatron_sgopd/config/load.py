@@ -1,0 +1,260 @@
+"""YAML recipe + dotted overrides -> frozen `Config`; and back to YAML.
+
+OmegaConf's structured configs check names and types; this file turns what they find into messages
+that name the key, what came, what is allowed and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.schema import Config
+
+MISSING = "???"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (1e-5 is one) and an error on a key that comes twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"line {line}: key {key!r} comes twice; keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$|^[-+]?\.\d+([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The recipe with `section.key=value` overrides applied; types and names checked.
+
+    Raises:
+        ConfigError: naming file and line or override, key, what came and what is allowed.
+    """
+    tree = _read_recipe(Path(recipe))
+    lines = _key_lines(Path(recipe))
+    settings = [(key, value, f"{recipe}:{lines[key]}") for key, value in _leaves(tree)]
+    settings += [(*_parse_override(text), f"override {text!r}") for text in overrides]
+    config = OmegaConf.structured(Config)
+    for key, value, where in settings:
+        _check_setting(key, value, where)
+    config = _merge(config, settings)
+    _check_missing(config, str(recipe))
+    built = OmegaConf.to_object(config)
+    assert isinstance(built, Config), "the structured config is a Config"
+    return built
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config; `load_config` of it gives the same config back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of every field."""
+    tree = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(tree, dict), "a config is a mapping"
+    return dict(_leaves(tree))
+
+
+def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (value in a, value in b)} where they differ."""
+    left, right = flatten(a), flatten(b)
+    return {
+        key: (left.get(key), right.get(key))
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    }
+
+
+def content_hash(config: Config, *extra: str) -> str:
+    """Twelve hexadecimal digits of the config and whatever else a result depends on."""
+    return hashlib.sha256("\0".join([to_yaml(config), *extra]).encode()).hexdigest()[:12]
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.stem, [p.stem for p in Path("recipes").rglob("*.yaml")], 1, 0.5
+        )
+        hint = f"; did you mean {next(Path('recipes').rglob(near[0] + '.yaml'))}?" if near else ""
+        raise ConfigError(f"recipe {path} does not exist{hint}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason})") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} holds {type(tree).__name__}; a recipe is a mapping of sections, such as "
+            "'model:' and 'distill:'"
+        )
+    return tree
+
+
+def _key_lines(path: Path) -> dict[str, int]:
+    """{dotted key: line} of every key of the file."""
+    lines: dict[str, int] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            lines[key] = key_node.start_mark.line + 1
+            if isinstance(value_node, yaml.MappingNode):
+                walk(value_node, key + ".")
+
+    root = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
+    if isinstance(root, yaml.MappingNode):
+        walk(root, "")
+    return lines
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value and f"{prefix}{key}" not in _MAPPINGS:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
+        raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    try:
+        return key, yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"override {text!r}: {value!r} is not a YAML value ({getattr(error, 'problem', error)})"
+        ) from error
+
+
+# -- checking --------------------------------------------------------------------------------------
+
+
+def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: annotation} of every leaf of the schema."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        found |= _field_types(hint, key + ".") if is_dataclass(hint) else {key: hint}
+    return found
+
+
+KEYS = _field_types(Config)
+SECTIONS = sorted({key.rsplit(".", 1)[0] for key in KEYS if "." in key})
+_MAPPINGS = frozenset(key for key, hint in KEYS.items() if str(hint).startswith("dict"))
+
+
+def _check_setting(key: str, value: Any, where: str) -> None:
+    if isinstance(value, dict) and not value and key in SECTIONS:
+        return
+    if key not in KEYS and key.rsplit(".", 1)[0] not in _MAPPINGS:
+        raise ConfigError(f"{where}: {_unknown(key)}")
+    _refuse_lookalikes(key, value, where)
+
+
+def _merge(config: Any, settings: Sequence[tuple[str, Any, str]]) -> Any:
+    """All settings at once, which is quick; one by one only to find which of them is refused."""
+    try:
+        return OmegaConf.merge(config, _tree(settings))
+    except OmegaConfBaseException:
+        for key, value, where in settings:
+            try:
+                OmegaConf.merge(config, _nested(key, value))
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"{where}: {_wrong_type(key, value)}") from error
+        raise
+
+
+def _tree(settings: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
+    """The settings as one nested mapping; the last of a key wins."""
+    tree: dict[str, Any] = {}
+    for key, value, _ in settings:
+        *path, leaf = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return tree
+
+
+def _nested(key: str, value: Any) -> Any:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _unknown(key: str) -> str:
+    if key in SECTIONS:
+        inside = ", ".join(k for k in KEYS if k.rsplit(".", 1)[0] == key)
+        return f"{key!r} is a section, not a value; its keys: {inside}"
+    leaf = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, [*KEYS, *SECTIONS], 1, 0.6)
+    near = near or [k for k in KEYS if k.rsplit(".", 1)[-1] == leaf]
+    hint = f"the nearest valid key is {near[0]!r}" if near else f"sections: {', '.join(SECTIONS)}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _refuse_lookalikes(key: str, value: Any, where: str) -> None:
+    """OmegaConf would turn true into 1, 3 into '3', and '${…}' into a reference."""
+    allowed = str(KEYS.get(key, "bool"))
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{where}: {key!r} holds an interpolation {value!r}; write the value")
+    wants_number = ("int" in allowed or "float" in allowed) and "bool" not in allowed
+    if allowed == "<class 'bool'>" and not isinstance(value, bool):
+        raise ConfigError(f"{where}: {_wrong_type(key, value)}")
+    if isinstance(value, bool) and wants_number:
+        raise ConfigError(f"{where}: {_wrong_type(key, value)}")
+    if isinstance(value, int | float) and "str" in allowed and not wants_number:
+        raise ConfigError(f"{where}: {_wrong_type(key, value)}; quote it")
+    if isinstance(value, str) and "str" not in allowed and "Literal" not in allowed:
+        raise ConfigError(f"{where}: {_wrong_type(key, value)}")
+    if isinstance(value, float) and "float" not in allowed and "Literal" not in allowed:
+        raise ConfigError(f"{where}: {_wrong_type(key, value)}")
+
+
+def _wrong_type(key: str, value: Any) -> str:
+    hint = KEYS.get(key)
+    allowed = getattr(hint, "__name__", None) or str(hint)
+    text = str(hint)
+    if "Literal" in text:
+        allowed = "one of " + ", ".join(re.findall(r"'([^']*)'", text))
+    elif "|" in text or "[" in text:
+        allowed = text.replace("None", "null")
+    return f"{key!r} is {value!r} ({type(value).__name__}); allowed: {allowed}"
+
+
+def _check_missing(config: Any, recipe: str) -> None:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{recipe}: {', '.join(missing)} must be set, in the recipe or as key=value")

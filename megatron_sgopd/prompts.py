@@ -1,0 +1,268 @@
+"""Data set -> prompts: read, rendered by the chat template, and dealt out step by step.
+
+`PromptStream` has no state: the prompts of a step are a function of (seed, step), so that a resumed
+run goes on with the prompts it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd.config.schema import DataConfig
+from megatron_sgopd.types import Prompt
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of a data set."""
+
+    id: str
+    problem: str
+    answer: str
+    solution: str | None = None
+
+
+def load_problems(
+    path: str,
+    *,
+    problem_field: str,
+    answer_field: str,
+    solution_field: str | None,
+    min_difficulty: float | None,
+) -> list[Problem]:
+    """Problems of a JSONL or Parquet file, or of a hub data set's train split.
+
+    Raises:
+        ValueError: what is wrong, with file, line and field.
+    """
+    problems: list[Problem] = []
+    ids: dict[str, str] = {}
+    for where, row in _rows(path):
+        if min_difficulty is not None:
+            difficulty = row.get("difficulty")
+            if not isinstance(difficulty, int | float):
+                raise ValueError(
+                    f"{where}: field 'difficulty' is {difficulty!r}, a number is wanted; leave out "
+                    "data.min_difficulty if the set has none"
+                )
+            if difficulty < min_difficulty:
+                continue
+        problem = Problem(
+            id=str(row.get("id", where)),
+            problem=_text(row, problem_field, where, "data.problem_field"),
+            answer=_text(row, answer_field, where, "data.answer_field"),
+            solution=_text(row, solution_field, where, "data.solution_field")
+            if solution_field
+            else None,
+        )
+        if problem.id in ids:
+            raise ValueError(f"{where}: id {problem.id!r} is also that of {ids[problem.id]}")
+        ids[problem.id] = where
+        problems.append(problem)
+    if not problems:
+        raise ValueError(
+            f"{path} holds no problems"
+            + ("" if min_difficulty is None else f" of difficulty {min_difficulty} or more")
+        )
+    return problems
+
+
+def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) of every row."""
+    file = Path(path)
+    if file.suffix == ".parquet" and file.is_file():
+        import pyarrow.parquet as parquet
+
+        for i, row in enumerate(parquet.read_table(file).to_pylist()):
+            yield f"{file.name}:{i + 1}", row
+    elif file.is_file():
+        yield from _jsonl_rows(file)
+    elif path.count("/") == 1 and not path.startswith((".", "/")) and not file.suffix:
+        yield from _hub_rows(path)
+    else:
+        raise ValueError(
+            f"{path} does not exist: give a .jsonl or .parquet file, or a hub data set OWNER/NAME"
+        )
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{file.name}:{number}"
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+            if not text:
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a JSON object is wanted, got {type(row).__name__}")
+            yield where, row
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is no local file, and reading it from the hub needs the `datasets` package: "
+            "pip install datasets, or download it and give the file"
+        ) from error
+    try:
+        table = datasets.load_dataset(name, split="train")
+    except Exception as error:
+        raise ValueError(
+            f"{name} is no local file and could not be had from the hub ({type(error).__name__}: "
+            f"{error}): download it and give the file"
+        ) from error
+    for i, row in enumerate(table):
+        yield f"{name}:{i + 1}", row
+
+
+def _text(row: dict[str, Any], field: str, where: str, key: str) -> str:
+    if field not in row:
+        raise ValueError(
+            f"{where}: no field {field!r}; it has {', '.join(sorted(row))}. Set {key} to one of them"
+        )
+    value = row[field]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: field {field!r} is {type(value).__name__}, text is wanted")
+    text = str(value)
+    if not text.strip():
+        raise ValueError(f"{where}: field {field!r} is empty")
+    return text
+
+
+# -- rendering -------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a Hugging Face directory."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no usable tokenizer: {error}") from error
+
+
+def render(
+    problems: Sequence[Problem], tokenizer: Any, config: DataConfig, max_prompt_tokens: int
+) -> list[Prompt]:
+    """Prompts through the chat template; those over `max_prompt_tokens` are left out.
+
+    Raises:
+        ValueError: no template, or every prompt is too long.
+    """
+    template = _template(tokenizer, config)
+    prompts = []
+    longest = 0
+    for problem in problems:
+        messages = [{"role": "user", "content": problem.problem + config.prompt_suffix}]
+        if config.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": config.system_prompt})
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **config.chat_template_kwargs,
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        longest = max(longest, len(ids))
+        if len(ids) > max_prompt_tokens:
+            continue
+        solution = None
+        if problem.solution is not None:
+            answer = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+            solution = (*answer, tokenizer.eos_token_id)
+        prompts.append(Prompt(problem.id, tuple(ids), problem.answer, solution, problem.problem))
+    if not prompts:
+        raise ValueError(
+            f"every prompt is longer than rollout.max_prompt_tokens {max_prompt_tokens} (the "
+            f"longest has {longest} tokens): raise it"
+        )
+    return prompts
+
+
+def _template(tokenizer: Any, config: DataConfig) -> str | None:
+    if config.chat_template is not None:
+        return config.chat_template
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template: set data.chat_template to a Jinja template, for "
+            "example '{% for m in messages %}{{ m.content }}{% endfor %}'"
+        )
+    return None
+
+
+def stop_token_ids(tokenizer: Any, path: Path) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's EOS and those of generation_config.json."""
+    ids = set()
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    file = path / "generation_config.json"
+    if file.is_file():
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        ids |= {int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None}
+    if not ids:
+        raise ValueError(
+            f"{path} names no end-of-sequence token: set rollout.stop_token_ids in the recipe"
+        )
+    return tuple(sorted(ids))
+
+
+# -- dealing out -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptStream:
+    """Endless: epoch after epoch, each a permutation of its own (or the given order)."""
+
+    prompts: Sequence[Prompt]
+    seed: int
+    shuffle: bool
+    num_prompts: int  # per step, over all replicas
+
+    def take(self, step: int) -> list[Prompt]:
+        """The prompts of a step (from 0); the same on every rank."""
+        first = step * self.num_prompts
+        return [self._at(i) for i in range(first, first + self.num_prompts)]
+
+    def _at(self, index: int) -> Prompt:
+        epoch, place = divmod(index, len(self.prompts))
+        if not self.shuffle:
+            return self.prompts[place]
+        return self.prompts[_permutation(len(self.prompts), f"{self.seed}-{epoch}")[place]]
+
+
+@lru_cache(maxsize=2)  # a step touches two epochs at most
+def _permutation(size: int, seed: str) -> list[int]:
+    order = list(range(size))
+    random.Random(f"prompts-{seed}").shuffle(order)
+    return order
+
+
+def share(prompts: Sequence[Prompt], dp_rank: int, dp_size: int) -> list[Prompt]:
+    """A replica's contiguous share.
+
+    Raises:
+        ValueError: the prompts cannot be shared out equally.
+    """
+    size, rest = divmod(len(prompts), dp_size)
+    if rest:
+        raise ValueError(
+            f"rollout.num_prompts {len(prompts)} cannot be shared by {dp_size} replicas: use a "
+            f"multiple of {dp_size}"
+        )
+    return list(prompts[dp_rank * size : (dp_rank + 1) * size])
