@@ -18,7 +18,7 @@ from megatron_sgopd.checkpoint import save_checkpoint
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.evaluate import evaluate, write_records
 from megatron_sgopd.failure import failing_together
-from megatron_sgopd.hf_files import write_hf_dir
+from megatron_sgopd.hf_files import resolve_hf_dir, write_hf_dir
 from megatron_sgopd.hf_weights import iter_hf_weights
 from megatron_sgopd.metrics import Clock, progress_bar, reduced_means
 from megatron_sgopd.rollout import (
@@ -148,9 +148,8 @@ def finish(run: Run, seconds: float) -> None:
         return
     if config.checkpoint.save_hf:
         weights = iter_hf_weights(run.student.module, run.groups)
-        write_hf_dir(
-            run.dir / "hf", run.hf_config, weights, config.model.student.hf_path, run.is_first
-        )
+        source = resolve_hf_dir(config.model.student.hf_path)
+        write_hf_dir(run.dir / "hf", run.hf_config, weights, source, writes=run.is_first)
     results = evaluate_and_write(run, "final") if config.evaluation.at_end else {}
     if run.is_first:
         summary = {
