@@ -119,7 +119,9 @@ class EmbeddedEngine:
     def _check(self, request: Request) -> None:
         length = len(request.prompt_token_ids)
         if length == 0:
-            raise ValueError("a request has an empty prompt; a chat template gives at least one token")
+            raise ValueError(
+                "a request has an empty prompt; a chat template gives at least one token"
+            )
         if length + request.max_new_tokens > self._max_positions:
             raise ValueError(
                 f"a prompt of {length} tokens and {request.max_new_tokens} new ones exceed the "
@@ -171,7 +173,9 @@ class _Sampler:
         # A request's own generator, on the CPU: the same numbers in any batch, on any device.
         uniforms = [
             torch.rand(
-                r.max_new_tokens, generator=torch.Generator().manual_seed(r.seed), dtype=torch.float64
+                r.max_new_tokens,
+                generator=torch.Generator().manual_seed(r.seed),
+                dtype=torch.float64,
             )
             for r in requests
         ]

@@ -38,9 +38,7 @@ def _leave(run_dir: Path, rank: int, error: BaseException) -> None:
         time.sleep(SETTLE_S)
     first = first_error(run_dir)
     if first is not None and first["rank"] != rank:
-        print(
-            f"rank {rank}: stopping because rank {first['rank']} failed first", file=sys.stderr
-        )
+        print(f"rank {rank}: stopping because rank {first['rank']} failed first", file=sys.stderr)
     else:
         text = "".join(f"[rank {rank}] {line}\n" for line in own["traceback"].splitlines())
         sys.stderr.write(text)
@@ -53,7 +51,14 @@ def _leave(run_dir: Path, rank: int, error: BaseException) -> None:
 def _is_echo(error: BaseException) -> bool:
     """Whether the error looks like a peer's end rather than a fault of this rank's own."""
     text = f"{type(error).__name__} {error}".lower()
-    marks = ("connection closed", "connection reset", "gloo", "nccl", "connection refused", "broken")
+    marks = (
+        "connection closed",
+        "connection reset",
+        "gloo",
+        "nccl",
+        "connection refused",
+        "broken",
+    )
     return isinstance(error, KeyboardInterrupt) or any(mark in text for mark in marks)
 
 

@@ -147,7 +147,7 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
     if len(shards) == 1:
         (folder / "shard-0.tmp").rename(folder / ONE_FILE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{i}.tmp").rename(folder / file)

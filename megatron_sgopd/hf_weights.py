@@ -180,9 +180,7 @@ def _split_qkv(fused: Tensor, hf_config: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def iter_hf_weights(
-    model: DistillationGPTModel, groups: Groups
-) -> Iterator[tuple[str, Tensor]]:
+def iter_hf_weights(model: DistillationGPTModel, groups: Groups) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) of every Hugging Face weight, once, the same on every rank.
 
     Collective over the replica: every rank must read it to the end. Padded vocabulary rows are cut

@@ -66,8 +66,11 @@ class SDPAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         s, b, heads, d = query.shape
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            q,
+            k,
+            v,
             is_causal=True,
             scale=self.softmax_scale,
             enable_gqa=heads != key.shape[2],

@@ -85,7 +85,7 @@ def _stub_cuda_calls() -> None:
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment, return-value]
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
 
 
 def _stub_rng_tracker() -> None:
@@ -99,7 +99,9 @@ def _stub_rng_tracker() -> None:
         torch.set_rng_state(state)
 
     @contextlib.contextmanager
-    def fork(tracker: Any, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+    def fork(
+        tracker: Any, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME
+    ) -> Iterator[None]:
         # Megatron's own fork warns when the CPU generator moved inside, which is the point here.
         if name not in tracker.states_:
             raise KeyError(f"rng state {name!r} was not added to the tracker")
@@ -147,5 +149,5 @@ def _stub_tensor_methods() -> None:
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

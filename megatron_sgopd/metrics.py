@@ -43,9 +43,7 @@ def reduced_means(
         [torch.stack([x.double() for x in sums.get(name, (zero, zero))]) for name in order]
     )
     dist.all_reduce(flat, group=group)
-    return {
-        name: (s / n).item() for name, (s, n) in zip(order, flat, strict=True) if n.item() > 0
-    }
+    return {name: (s / n).item() for name, (s, n) in zip(order, flat, strict=True) if n.item() > 0}
 
 
 class MetricsWriter:

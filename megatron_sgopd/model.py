@@ -144,4 +144,6 @@ def _check_supported(hf_config: Any) -> None:
             f"config.json has rope_type {rope['rope_type']!r}; supported is 'default' (no scaling)"
         )
     if rope["rope_theta"] != int(rope["rope_theta"]):
-        raise ValueError(f"config.json has rope_theta {rope['rope_theta']}; Megatron takes integers")
+        raise ValueError(
+            f"config.json has rope_theta {rope['rope_theta']}; Megatron takes integers"
+        )

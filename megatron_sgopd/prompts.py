@@ -98,13 +98,17 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+                raise ValueError(
+                    f"{where}: not UTF-8 ({error.reason} at byte {error.start})"
+                ) from error
             if not text:
                 continue
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+                raise ValueError(
+                    f"{where}: not JSON ({error.msg} at column {error.colno})"
+                ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a JSON object is wanted, got {type(row).__name__}")
             yield where, row

@@ -163,8 +163,8 @@ def mix_teacher_rollouts(
     for slot in mine:
         group = groups[slot // n]
         name = _accuracy_bin(sum(r.is_correct for r in group) / len(group))
-        endorsed, asked = bins.get(name, (0, 0))
-        bins[name] = (endorsed + (mixed[slot].source == "teacher"), asked + 1)
+        endorsed, tried = bins.get(name, (0, 0))
+        bins[name] = (endorsed + (mixed[slot].source == "teacher"), tried + 1)
     return Batch(regrouped, groups, len(mine), bins)
 
 

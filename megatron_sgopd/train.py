@@ -1,4 +1,4 @@
-"""The loop: prompts -> rollouts -> labels -> batch -> step -> weights to the engine, and round again.
+"""The loop: prompts -> rollouts -> labels -> batch -> step -> weights to the engine, and again.
 
 Every rank runs this file. A replica's first rank talks to the verifier; rank 0 writes the run
 directory. `assemble` puts together what the loop holds.
@@ -97,9 +97,7 @@ def make_batch(run: Run, step: int) -> Batch:
         step=step,
     )
     engine = run.open_teacher_engine()
-    return mix_teacher_rollouts(
-        run.sampler, engine, groups, slots, step=step, first_prompt=first
-    )
+    return mix_teacher_rollouts(run.sampler, engine, groups, slots, step=step, first_prompt=first)
 
 
 def evaluate_during(run: Run) -> dict[str, float]:
@@ -118,15 +116,15 @@ def evaluate_and_write(run: Run, name: str) -> dict[str, Any]:
     if run.engine is None or e.data is None:
         return {}
     prompts = evaluation_prompts(run, e.data, e.max_problems)
-    bar = progress_bar(f"{run.config.name}: evaluate", len(prompts), show=run.shows)
-    scale = run.groups.dp_size  # the bar counts all replicas' problems, seen from the first
+    share = -(-len(prompts) // run.groups.dp_size)  # of the first replica, which is shown
+    bar = progress_bar(f"{run.config.name}: evaluate", share, show=run.shows)
     records = evaluate(
         run.sampler,
         run.engine,
         prompts,
         k=e.k,
         greedy=e.greedy,
-        advance=lambda count: bar.update(min(count * scale, bar.total - bar.n)),
+        advance=bar.update,
     )
     bar.close()
     if run.is_first:

@@ -34,7 +34,9 @@ class Pool:
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = Path(tempfile.mkdtemp(prefix=f"sgopd-pool-{world_size}-"))
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_S) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_S
+    ) -> list[Any]:
         """`function(*args)` on every rank; results in rank order."""
         if not self._workers:
             self._start()

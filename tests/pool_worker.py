@@ -23,9 +23,7 @@ def serve(connection: Connection, rank: int, world_size: int, store: str, log: s
 
     torch.set_num_threads(1)
     megatron_cpu.install(torch.device("cpu"))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:
             function, args = connection.recv()

@@ -91,7 +91,11 @@ def draw_rollouts(case: StepCase) -> list[Rollout]:
         answer = _draw_answer(models, prompt, length, case.vocab, rng)
         finish = "length" if i == 4 else "stop"
         completion = Completion(
-            answer, tuple(rng.uniform(-5, -1) for _ in answer), finish, 0, i  # type: ignore[arg-type]
+            answer,
+            tuple(rng.uniform(-5, -1) for _ in answer),
+            finish,
+            0,
+            i,  # type: ignore[arg-type]
         )
         correct = rng.random() < 0.5
         rollouts.append(
@@ -345,9 +349,7 @@ def self_teacher(case: StepCase) -> dict[str, float]:
             parts.config,
             parts.student,
         )
-        loss, sums = accumulate_gradients(
-            parts.student, work, Objective.of(parts.config, eps)
-        )
+        loss, sums = accumulate_gradients(parts.student, work, Objective.of(parts.config, eps))
         metrics = gather_metrics(parts.student, loss, sums, work)
         norm = max(float(p.main_grad.abs().max()) for p in parts.student.module.parameters())
     return {"eps": eps, "open": metrics["gate/open_rate"], "gradient": norm}

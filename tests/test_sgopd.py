@@ -239,8 +239,16 @@ def test_teacher_fraction_without_fading_is_a_step() -> None:
 
 @pytest.mark.parametrize(
     ("fraction", "unit", "count"),
-    [(0.5, "rollout", 20), (0.3, "rollout", 12), (0.99, "rollout", 39), (0.0, "rollout", 0)]
-    + [(0.5, "prompt", 20), (0.35, "prompt", 12), (0.05, "prompt", 0), (1.0, "prompt", 40)],
+    [
+        (0.5, "rollout", 20),
+        (0.3, "rollout", 12),
+        (0.99, "rollout", 39),
+        (0.0, "rollout", 0),
+        (0.5, "prompt", 20),
+        (0.35, "prompt", 12),
+        (0.05, "prompt", 0),
+        (1.0, "prompt", 40),
+    ],
 )
 def test_number_of_teacher_slots(fraction: float, unit: str, count: int) -> None:
     slots = sgopd.teacher_slots(fraction, num_prompts=10, n=4, unit=unit, seed=1, step=3)

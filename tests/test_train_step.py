@@ -6,7 +6,6 @@ The measure of an error is max|d| / max|ref| per parameter.
 from __future__ import annotations
 
 from dataclasses import replace
-
 from typing import Any
 
 import pytest
@@ -50,7 +49,13 @@ def check(pool: Any, world: int, case: StepCase) -> None:
 @pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 2), (2, 1)], ids=["one", "TP2", "DP2"])
 @pytest.mark.parametrize("estimator", ["sampled", "full_vocab"])
 def test_gradients_equal_the_formula(
-    pool: Any, models: dict[bool, StepCase], estimator: str, world: int, tp: int, tied: bool, seed: int
+    pool: Any,
+    models: dict[bool, StepCase],
+    estimator: str,
+    world: int,
+    tp: int,
+    tied: bool,
+    seed: int,
 ) -> None:
     check(pool, world, replace(models[tied], tp=tp, estimator=estimator, seed=seed))
 
@@ -120,5 +125,3 @@ def test_a_teacher_that_is_the_student_leaves_the_gate_closed(
         assert got["open"] == 0.0
         assert got["gradient"] < 1e-6
         assert got["eps"] < 1e-5
-
-

@@ -154,9 +154,7 @@ def test_full_vocab_gradient_is_the_expectation_of_sampled(lam: float) -> None:
     assert (exact - expected).abs().max() < 1e-13
 
 
-def gated_gradients(
-    a1: torch.Tensor, mode: str, token: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_gradients(a1: torch.Tensor, mode: str, token: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient, probability of the token [T]) of the gated loss when `token` was sampled."""
     student, teacher, reference = rows(0), rows(1), rows(2)
     count = len(student)

@@ -34,9 +34,7 @@ def tiny_config(
     )
 
 
-def make_hf_dir(
-    path: Path, seed: int, *, dtype: torch.dtype = torch.float32, **sizes: Any
-) -> Path:
+def make_hf_dir(path: Path, seed: int, *, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
     """A Hugging Face directory whose weights make a real test: large, with uneven norms."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(tiny_config(**sizes))

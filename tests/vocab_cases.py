@@ -138,9 +138,10 @@ def compare(case: Case) -> dict[str, Any]:
     student = shards[0].clone().requires_grad_()
     frozen: list[Any] = [as_head(s) if case.as_hidden else s for s in shards[1:]]
     passes: list[str] = []
-    scoring = {
-        k: options[k] for k in ("tokens", "mask", "temperature")
-    } | {"group": group, "vocab_size": case.vocab}
+    scoring = {k: options[k] for k in ("tokens", "mask", "temperature")} | {
+        "group": group,
+        "vocab_size": case.vocab,
+    }
     if case.estimator == "sampled" and case.as_hidden:
         with counting_collectives(passes):
             frozen = [sampled_logprobs(rows, **scoring) for rows in frozen]

@@ -158,5 +158,3 @@ def _zero_gradient(models: Models) -> Tensor:
 def _write(shard: Shard, grad: Tensor, chunk: slice, g: Tensor) -> None:
     rows = (g / shard.temperature).to(grad.dtype)
     grad[:, : shard.valid].index_copy_(0, shard.active[chunk], rows)
-
-

@@ -185,9 +185,10 @@ def _check(
                 f"the {name} holds {num_local_rows(rows)} vocabulary rows on this rank and the "
                 f"student {width}: pad both vocabularies to the same size"
             )
-    if estimator == "full_vocab" and "teacher" in models and "reference" not in models:
-        if candidate_lambda is not None or not all(is_one(lam) for lam in lambdas):
-            raise ValueError(f"lambdas {tuple(lambdas)} need a reference; none was given")
+    extrapolates = candidate_lambda is not None or not all(is_one(lam) for lam in lambdas)
+    compares = estimator == "full_vocab" and "teacher" in models
+    if compares and extrapolates and "reference" not in models:
+        raise ValueError(f"lambdas {tuple(lambdas)} need a reference; none was given")
 
 
 def _student_logits(student: Rows, group: dist.ProcessGroup | None) -> Tensor:
@@ -203,12 +204,12 @@ class _GradientInForward(torch.autograd.Function):
     """Hands out a loss whose gradient with respect to the local logits is known already."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, total: Tensor, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, logits: Tensor, total: Tensor, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(grad)
         return total.clone()
 
     @staticmethod
-    def backward(ctx, factor: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, factor: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         (grad,) = ctx.saved_tensors
         return grad * factor.to(grad.dtype), None, None
 
@@ -217,12 +218,12 @@ class _SumGradientOverGroup(torch.autograd.Function):
     """Megatron's f operator: identity forward, all-reduce backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None

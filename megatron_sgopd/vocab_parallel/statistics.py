@@ -67,9 +67,10 @@ def merged_statistics(
     for name in softmaxes:
         y = shards[f"{name}_y"].amax(0)
         merged[name] = (y - merged[f"{name}_m"]) - merged[f"{name}_s"].log()
-    merged["entropy"] = -_student_mean(
-        shards, merged, shards["entropy"], shards["student_m"] - merged["student_m"]
-    ) + merged["student_s"].log()
+    merged["entropy"] = (
+        -_student_mean(shards, merged, shards["entropy"], shards["student_m"] - merged["student_m"])
+        + merged["student_s"].log()
+    )
     for i, lam in enumerate(lambdas):
         target = target_name(i, lam)
         gap = merged["student_s"].log() - merged[f"{target}_s"].log()
