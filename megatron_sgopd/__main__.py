@@ -92,6 +92,11 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _run_rank(config: Config) -> int:
+    from megatron_sgopd.megatron_cpu import quiet_imports
+
+    # Megatron wants kernels of one device queued in order where TP overlaps with compute.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    quiet_imports()  # before anything imports Megatron
     from megatron_sgopd.train import main as train_main
 
     train_main(config)

@@ -61,17 +61,14 @@ def install(device: torch.device) -> None:
 
 
 def quiet_imports() -> None:
-    """Silences what Megatron says at import about Transformer Engine and apex being absent."""
-    for message in (
-        ".*Transformer Engine and Apex are not installed.*",
-        ".*Transformer Engine is not installed.*",
-        ".*TE and Apex.*",
-        ".*apex is not installed.*",
-    ):
+    """Silences what Megatron says at import of packages that are optional here, and of itself.
+
+    Call it before the first import of megatron.core.
+    """
+    absent = r"(Transformer Engine|Apex|absl\.logging).*not installed"
+    for message in (absent, "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message)
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.jit")
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron.core")
-    warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core")
 
 
 def _stub_cuda_calls() -> None:

@@ -63,7 +63,7 @@ def test_fp32_and_bf16_inputs_are_computed_in_fp32(pool: Any, estimator: str, se
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_collective_forward_none_backward(pool: Any, world: int) -> None:
-    gather = ["all_gather_into_tensor"]
+    gather = [vocab_cases.GATHER]
     for got in pool(world).run(vocab_cases.compare, Case(as_hidden=True)):
         assert got["passes"] == gather * 2  # teacher and reference, each one scoring pass
         assert (got["forward"], got["backward"]) == (gather, [])

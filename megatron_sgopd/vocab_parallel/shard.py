@@ -107,7 +107,9 @@ class Shard:
             out = mine[None]
         else:
             out = mine.new_empty((self.group.size() * mine.shape[0], mine.shape[1]))
-            dist.all_gather_into_tensor(out, mine, group=self.group)
+            # torch 2.13 renamed all_gather_into_tensor and warns about the old name.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            gather(out, mine, group=self.group)
             out = out.view(self.group.size(), *mine.shape)
         return dict(zip(columns, out.unbind(1), strict=True))
 
