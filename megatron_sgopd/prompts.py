@@ -54,7 +54,7 @@ def load_problems(
             if difficulty < min_difficulty:
                 continue
         problem = Problem(
-            id=str(row.get("id", where)),
+            id=where if row.get("id") is None else str(row["id"]),
             problem=_text(row, problem_field, where, "data.problem_field"),
             answer=_text(row, answer_field, where, "data.answer_field"),
             solution=_text(row, solution_field, where, "data.solution_field")
@@ -77,9 +77,14 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, row) of every row."""
     file = Path(path)
     if file.suffix == ".parquet" and file.is_file():
+        import pyarrow
         import pyarrow.parquet as parquet
 
-        for i, row in enumerate(parquet.read_table(file).to_pylist()):
+        try:
+            table = parquet.read_table(file)
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{file} is not a readable Parquet file: {error}") from error
+        for i, row in enumerate(table.to_pylist()):
             yield f"{file.name}:{i + 1}", row
     elif file.is_file():
         yield from _jsonl_rows(file)
@@ -166,8 +171,11 @@ def render(
     """Prompts through the chat template; those over `max_prompt_tokens` are left out.
 
     Raises:
-        ValueError: no template, or every prompt is too long.
+        ValueError: no template or one that fails, no EOS token to end a solution with, or every
+            prompt is too long.
     """
+    from jinja2 import TemplateError  # here, so that reading problems does not load it
+
     template = _template(tokenizer, config)
     prompts = []
     longest = 0
@@ -175,19 +183,30 @@ def render(
         messages = [{"role": "user", "content": problem.problem + config.prompt_suffix}]
         if config.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": config.system_prompt})
-        text = tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            add_generation_prompt=True,
-            tokenize=False,
-            **config.chat_template_kwargs,
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **config.chat_template_kwargs,
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template ({'data.chat_template' if template else 'the tokenizer'}'s) "
+                f"cannot be rendered for problem {problem.id!r}: {error}"
+            ) from error
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         longest = max(longest, len(ids))
         if len(ids) > max_prompt_tokens:
             continue
         solution = None
         if problem.solution is not None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    "the tokenizer has no end-of-sequence token to end the solutions with: set "
+                    "eos_token in its tokenizer_config.json"
+                )
             answer = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
             solution = (*answer, tokenizer.eos_token_id)
         prompts.append(Prompt(problem.id, tuple(ids), problem.answer, solution, problem.problem))

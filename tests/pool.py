@@ -70,7 +70,7 @@ class Pool:
             process = context.Process(
                 target=pool_worker.serve,
                 args=(theirs, rank, self.world_size, str(store), str(self._log(rank))),
-                daemon=True,
+                daemon=False,  # a rank that saves a checkpoint has children of its own
             )
             process.start()
             theirs.close()

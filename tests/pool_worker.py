@@ -11,7 +11,11 @@ from multiprocessing.connection import Connection
 def serve(connection: Connection, rank: int, world_size: int, store: str, log: str) -> None:
     """The rank's whole life; ends with the parent (the pipe reads EOF)."""
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), SGOPD_DEVICE="cpu"
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        SGOPD_DEVICE="cpu",
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
     )
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

@@ -80,7 +80,7 @@ def trainings(
             "model.teacher.hf_path={home}/teacher/hf",
             f"data.train={world}/train.jsonl",
             f"evaluation.during_data={world}/dev.jsonl",
-            *((*_quick_overrides(3), *_QUICK_CURVES) if quick else ()),
+            *((*_quick_overrides(3), *_QUICK_ARM) if quick else ()),
         ]
         plans.append(_training(arm, overrides, ("world", "teacher", "student"), extra, recipes))
     return plans
@@ -107,7 +107,8 @@ def _quick_overrides(steps: int) -> tuple[str, ...]:
 
 
 # For the arms alone: supervised runs have no development set, and would look at the test problems.
-_QUICK_CURVES = (
+_QUICK_ARM = (
+    "rollout.num_prompts=8",
     "evaluation.every=2",
     "evaluation.during_k=2",
     "evaluation.during_max_problems=4",

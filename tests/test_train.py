@@ -1,0 +1,197 @@
+"""Whole runs on a tiny world: what they leave behind, how they resume, what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sgopd.config.load import load_config
+from megatron_sgopd.demo.models import STUDENT, TEACHER, write_model_dir
+from megatron_sgopd.demo.world import WorldSizes, write_world
+from tests import train_cases
+from tests.pool import RankError
+
+SIZES = WorldSizes(train=24, dev=4, test=6, teacher=8, student_noisy=8, student_terse=8)
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, pool: Any) -> Path:
+    """A world, and a student and a teacher of two `sft` steps each, made by the trainer."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, seed=3, level="normal", sizes=SIZES)
+    for name, size in (("student", STUDENT), ("teacher", TEACHER)):
+        write_model_dir(folder / "bare" / name, size)
+        status = pool(2).run(
+            train_cases.run,
+            f"recipes/demo/{name}.yaml",
+            [
+                f"model.student.hf_path={folder}/bare/{name}",
+                f"data.train={folder}/{name}_sft.jsonl",
+                f"evaluation.data={folder}/test.jsonl",
+                "evaluation.k=2",
+                "num_steps=2",
+                "rollout.num_prompts=8",
+                "optimizer.lr_warmup_steps=0",
+                f"logging.run_dir={folder}/{name}",
+                "logging.progress=false",
+            ],
+        )
+        assert status == ["finished"] * 2
+    return folder
+
+
+def overrides(world: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        f"model.student.hf_path={world}/student/hf",
+        f"model.teacher.hf_path={world}/teacher/hf",
+        f"data.train={world}/train.jsonl",
+        f"evaluation.data={world}/test.jsonl",
+        f"evaluation.during_data={world}/dev.jsonl",
+        "evaluation.k=2",
+        "evaluation.during_k=1",
+        "evaluation.every=2",
+        f"num_steps={STEPS}",
+        "rollout.num_prompts=4",
+        "rollout.n=2",
+        "rollout.max_new_tokens=12",
+        "parallel.micro_batch_size=3",
+        "optimizer.lr_warmup_steps=0",
+        "distill.phases.end_frac=1.0",
+        f"logging.run_dir={run_dir}",
+        "logging.progress=false",
+        "logging.rollouts_every=2",
+        *more,
+    ]
+
+
+def run(pool: Any, recipe: str, settings: list[str], fault: Any = None) -> list[str]:
+    return list(pool(2).run(train_cases.run, f"recipes/demo/{recipe}.yaml", settings, fault))
+
+
+def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Path) -> None:
+    settings = overrides(world, tmp_path / "run", "checkpoint.at_end=true")
+    assert run(pool, "sg_opd", settings) == ["finished"] * 2
+    folder = tmp_path / "run"
+    assert (folder / "status").read_text() == "finished\n"
+    rows = train_cases.metrics_without_time(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    first = rows[0]
+    for name in ("rollout/accuracy", "gate/open_rate", "distill/reverse_kl", "train/grad_norm"):
+        assert name in first
+    assert first["phases/requested_fraction"] == 0.5
+    assert first["engine/mismatch_kl"] < 1e-6
+    assert "evaluation/avg_at_k" in rows[1]
+    assert (folder / "checkpoints" / "step-00000004").is_dir()
+    assert sorted(p.name for p in (folder / "rollouts").iterdir()) == [
+        "step-000001.jsonl",
+        "step-000002.jsonl",
+        "step-000004.jsonl",
+    ]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["method"], summary["estimator"], summary["steps"]) == ("sg_opd", "sampled", 4)
+    records = [json.loads(x) for x in (folder / "evaluation/final.jsonl").read_text().splitlines()]
+    assert len(records) == SIZES.test
+    correct = sum(sum(r["is_correct"]) for r in records)
+    assert summary["avg_at_k"] == pytest.approx(correct / (2 * SIZES.test))
+    # The measured tie width is in the resolved recipe, which loads again.
+    written = load_config(folder / "config.yaml")
+    assert isinstance(written.distill.gate.eps, float)
+    assert written.distill.gate.eps == summary["gate_eps"]
+
+
+@pytest.mark.parametrize("recipe", ["opd", "sg_opd_full_vocab"])
+def test_every_arm_of_the_demonstration_runs(
+    pool: Any, world: Path, tmp_path: Path, recipe: str
+) -> None:
+    assert run(pool, recipe, overrides(world, tmp_path / "run")) == ["finished"] * 2
+    rows = train_cases.metrics_without_time(tmp_path / "run")
+    assert len(rows) == STEPS
+    assert all(row["distill/reverse_kl"] == row["distill/reverse_kl"] for row in rows)
+    requested = rows[0]["phases/requested_fraction"]
+    assert requested == (0.0 if recipe == "opd" else 0.5)
+
+
+@pytest.mark.parametrize("how", ["stop", "die"])
+def test_a_resumed_run_equals_one_that_was_never_interrupted(
+    pool: Any, world: Path, tmp_path: Path, how: str
+) -> None:
+    every = "checkpoint.every=2"
+    whole = overrides(world, tmp_path / "whole", every)
+    assert run(pool, "sg_opd", whole) == ["finished"] * 2
+    cut = overrides(world, tmp_path / "cut", every)
+    # "die" after step 3: the checkpoint of step 2 is the last one, step 3 is done again.
+    after = 2 if how == "stop" else 3
+    assert run(pool, "sg_opd", cut, (how, after)) == ["stopped" if how == "stop" else "died"] * 2
+    if how == "die":
+        assert len(train_cases.metrics_without_time(tmp_path / "cut")) == 3
+    assert run(pool, "sg_opd", cut) == ["finished"] * 2
+    assert train_cases.metrics_without_time(tmp_path / "cut") == train_cases.metrics_without_time(
+        tmp_path / "whole"
+    )
+    a, b = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "cut"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_checkpoints_are_pruned_and_a_finished_run_stays_finished(
+    pool: Any, world: Path, tmp_path: Path
+) -> None:
+    settings = overrides(world, tmp_path / "run", "checkpoint.every=1", "checkpoint.keep=2")
+    settings += ["checkpoint.at_end=true", "num_steps=3"]
+    assert run(pool, "opd", settings) == ["finished"] * 2
+    names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000003"]
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    assert run(pool, "opd", settings) == ["finished"] * 2
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_resuming_with_other_settings_is_refused_by_name(
+    pool: Any, world: Path, tmp_path: Path
+) -> None:
+    settings = overrides(world, tmp_path / "run", "checkpoint.at_end=true", "num_steps=1")
+    assert run(pool, "opd", settings) == ["finished"] * 2
+    with pytest.raises(RankError, match=r"optimizer.lr was 0.0007, now 0.1"):
+        run(pool, "opd", [*settings, "optimizer.lr=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.train=nowhere.jsonl", "nowhere.jsonl does not exist"),
+        ("data.problem_field=question", "no field 'question'"),
+        ("model.teacher.hf_path=nowhere", "nowhere does not exist"),
+        ("rollout.max_new_tokens=5000", "exceed the model's"),
+        ("rollout.max_prompt_tokens=3", "every prompt is longer than"),
+    ],
+)
+def test_what_a_run_needs_is_checked_with_a_clear_error(
+    pool: Any, world: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    settings = overrides(world, tmp_path / "run", change)
+    for error in pool(2).run(train_cases.error_of, "recipes/demo/opd.yaml", settings):
+        assert message in error
+
+
+def test_data_parallel_replicas_see_the_same_global_batch(
+    pool: Any, world: Path, tmp_path: Path
+) -> None:
+    """TP 2 x DP 1 and TP 1 x DP 2: same prompts, seeds, rollouts; the same step up to rounding."""
+    rows = []
+    for tp in (2, 1):
+        settings = overrides(
+            world, tmp_path / f"tp{tp}", f"parallel.tensor_model_parallel_size={tp}"
+        )
+        settings += [f"parallel.data_parallel_size={2 // tp}", "num_steps=1"]
+        assert run(pool, "sg_opd", settings) == ["finished"] * 2
+        rows.append(train_cases.metrics_without_time(tmp_path / f"tp{tp}")[0])
+    for name in ("rollout/accuracy", "rollout/length", "train/tokens", "gate/mixed_groups"):
+        assert rows[0][name] == rows[1][name]
+    for name in ("train/loss", "train/grad_norm", "distill/reverse_kl"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4)
