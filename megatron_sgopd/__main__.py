@@ -92,8 +92,11 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _run_rank(config: Config) -> int:
+    from megatron_sgopd.failure import die_with_parent
     from megatron_sgopd.megatron_cpu import quiet_imports
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed takes its ranks with it
+        die_with_parent()
     # Megatron wants kernels of one device queued in order where TP overlaps with compute.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     quiet_imports()  # before anything imports Megatron

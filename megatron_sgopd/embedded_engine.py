@@ -132,6 +132,8 @@ class EmbeddedEngine:
     @torch.no_grad()
     def _decode(self, requests: Sequence[Request]) -> list[Completion]:
         """Decodes prompts of one length together."""
+        if all(r.max_new_tokens == 0 for r in requests):
+            return [Completion((), (), "length", self.policy_version, r.seed) for r in requests]
         sampler = _Sampler(requests, self._device)
         prompts = torch.tensor([r.prompt_token_ids for r in requests], device=self._device)
         cache = DynamicCache(config=self._model.config)
@@ -165,7 +167,6 @@ class _Sampler:
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
         self.requests = requests
-        self.longest = max(r.max_new_tokens for r in requests)
         self.limit = torch.tensor([r.max_new_tokens for r in requests], device=device)
         temperatures = torch.tensor([r.temperature for r in requests], device=device)
         self.greedy = temperatures == 0
@@ -200,7 +201,7 @@ class _Sampler:
         # last entry of a rounded CDF may stay below 1.
         cdf = logprobs.double().exp().cumsum(-1)
         drawn_at = len(self.tokens)
-        uniform = self.uniforms[rows, min(drawn_at, self.longest - 1)]
+        uniform = self.uniforms[rows, drawn_at]
         sampled = (cdf <= (uniform * cdf[:, -1])[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
         token = torch.where(self.greedy[rows], logits.argmax(-1), sampled)
         open_ = ~self.finished[rows]

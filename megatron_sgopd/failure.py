@@ -3,13 +3,15 @@
 A failing rank writes RUN_DIR/errors/rank-00000.json before anything else, prints its traceback
 unless another rank failed earlier, and leaves at once: no destructor of its may wait in a
 collective. Its peers' connections close, so their collectives raise and they come down the same
-way. Whoever started the ranks prints the earliest record last (`report`).
+way. Whoever started the ranks prints the earliest record last (`first_error`, `account`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,7 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SETTLE_S = 1.0  # a peer's connection may close before the first rank's record is on disk
+
+
+def die_with_parent() -> None:
+    """From now on the kernel ends this process when its parent ends, be it by SIGKILL."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
@@ -62,6 +70,10 @@ def _is_echo(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or any(mark in text for mark in marks)
 
 
+def error_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / "errors" / f"rank-{rank:05d}.json"
+
+
 def record_error(run_dir: Path, rank: int, error: BaseException) -> dict[str, Any]:
     """Writes RUN_DIR/errors/rank-00000.json, whole or not at all."""
     record = {
@@ -72,7 +84,7 @@ def record_error(run_dir: Path, rank: int, error: BaseException) -> dict[str, An
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    path = run_dir / "errors" / f"rank-{rank:05d}.json"
+    path = error_file(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record), encoding="utf-8")
@@ -88,13 +100,9 @@ def first_error(run_dir: Path) -> dict[str, Any] | None:
     return min(records, key=lambda r: (r["echo"], r["time"]), default=None)
 
 
-def report(run_dir: Path) -> str | None:
-    """What to print last after a failure; None where no rank left a record."""
-    first = first_error(run_dir)
-    if first is None:
-        return None
-    path = run_dir / "errors" / f"rank-{first['rank']:05d}.json"
+def account(run_dir: Path, record: dict[str, Any]) -> str:
+    """What to print last after a failure."""
     return (
-        f"rank {first['rank']} failed: {first['type']}: {first['message']}\n"
-        f"(its traceback is above and in {path})"
+        f"rank {record['rank']} failed: {record['type']}: {record['message']}\n"
+        f"(its traceback is above and in {error_file(run_dir, record['rank'])})"
     )

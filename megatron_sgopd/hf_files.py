@@ -58,10 +58,16 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory.
 
     Raises:
-        ValueError: none, only pickled weights, or a file that the index names is missing.
+        ValueError: none, only pickled weights, a broken index, or a file it names is missing.
     """
     if (path / INDEX).is_file():
-        names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        try:
+            weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path / INDEX} is not an index of safetensors files ({error!r})"
+            ) from error
         if absent := [n for n in names if not (path / n).is_file()]:
             raise ValueError(f"{path / INDEX} names {absent[0]}, which is missing")
         return [path / n for n in names]

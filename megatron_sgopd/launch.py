@@ -1,147 +1,153 @@
 """Starts the ranks of a run under torchrun and sees them through to their end.
 
-The parent imports no torch. It turns signals into a request to stop (RUN_DIR/STOP, which the ranks
-look for after every step), and after a failure prints the first failing rank's error last.
+Two processes stand above the ranks. The one a person started imports no torch and turns signals
+into a request to stop (RUN_DIR/STOP, which the ranks look for after every step). Its child, `python
+-m megatron_sgopd.launch`, is torchrun with its own account of a failure left out: when all ranks
+are down it prints the first failing rank's error, last on the screen.
 """
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import Any
 
-from megatron_sgopd.failure import report
+from megatron_sgopd.failure import account, die_with_parent, error_file, first_error
 
-PR_SET_PDEATHSIG = 1
-# torchrun's own account of a failure, which would bury the rank's: the agent's log lines and the
-# ChildFailedError with its traceback.
-AGENT_NOISE = re.compile(
-    r"^([EWI]\d{4} .*torch/distributed/(elastic|run)|E\d{4} .*|W\d{4} .*torch/distributed.*)"
-)
+GRACE_S = 5  # from a rank's failure to SIGKILL for those that do not come down by themselves
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def run_ranks(num_processes: int, arguments: list[str], run_dir: Path) -> int:
-    """Runs `python -m megatron_sgopd ARGUMENTS` on that many local ranks; the exit code.
+def run_ranks(
+    num_processes: int, arguments: list[str], run_dir: Path, module: str = "megatron_sgopd"
+) -> int:
+    """Runs `python -m MODULE ARGUMENTS` on that many local ranks; the exit code.
 
     0: finished, or stopped on request with a checkpoint; 1: failed.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={num_processes}",
-        "-m",
-        "megatron_sgopd",
-        *arguments,
-    ]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    # gloo on one machine: an address that resolves whatever the host is called
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    child = subprocess.Popen(
-        command,
+    shutil.rmtree(run_dir / "errors", ignore_errors=True)  # of an earlier attempt
+    torchrun = ["--standalone", f"--nproc-per-node={num_processes}", "-m", module, *arguments]
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        # gloo on one machine: an address that resolves whatever the host is called
+        "GLOO_SOCKET_IFNAME": "lo",
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+    }
+    # A session of its own keeps a terminal's Ctrl-C from the ranks, which stop on request instead.
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "megatron_sgopd.launch", str(run_dir), *torchrun],
         env=environment,
         start_new_session=True,
-        stderr=subprocess.PIPE,
-        preexec_fn=_die_with_parent,
     )
-    stopper = _Stopper(child, run_dir)
-    assert child.stderr is not None, "stderr is piped"
-    noise: list[bytes] = []
-    reader = threading.Thread(target=_pass_on, args=(child.stderr, noise))
-    reader.start()
-    code = child.wait()
-    reader.join(10)
+    stopper = _Stopper(agent, run_dir)
+    code = stopper.wait()
     stopper.forget()
-    if code == 0:
-        return 0
-    _end_group(child.pid)
-    text = report(run_dir)
-    if text is None:
-        text = _died_silently(b"".join(noise).decode(errors="replace"))
-    (run_dir / "status").write_text("failed\n", encoding="utf-8") if run_dir.is_dir() else None
-    print(f"\n{text}", file=sys.stderr, flush=True)
-    return 1
-
-
-def _die_with_parent() -> None:
-    """In the child: SIGTERM when the parent is gone, even by SIGKILL; torchrun ends its ranks."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _pass_on(stream: IO[bytes], noise: list[bytes]) -> None:
-    """Copies the ranks' stderr, carriage returns and all; keeps torchrun's own epilogue back."""
-    rest = b""
-    in_epilogue = False
-    while chunk := os.read(stream.fileno(), 65536):
-        rest += chunk
-        *lines, rest = re.split(rb"(?<=[\n\r])", rest)
-        for line in lines:
-            text = line.decode(errors="replace")
-            if text.startswith("Traceback") or AGENT_NOISE.match(text):
-                # The ranks' own tracebacks carry a "[rank N]" prefix: this is the agent's.
-                in_epilogue = True
-            if in_epilogue or AGENT_NOISE.match(text):
-                noise.append(line)
-            else:
-                os.write(2, line)
-        if rest and not in_epilogue and not rest.startswith((b"Trace", b"E1", b"W1", b"E0", b"W0")):
-            os.write(2, rest)  # a progress bar's unfinished line
-            rest = b""
-    if rest and not in_epilogue:
-        os.write(2, rest)
-
-
-def _died_silently(noise: str) -> str:
-    """Words for ranks that left no record: killed, or never started."""
-    killed = re.search(r"exitcode\s*:?\s*-(\d+)", noise)
-    rank = re.search(r"(?:local_rank|rank)\s*:?\s*(\d+)", noise)
-    who = f"rank {rank[1]}" if rank else "a rank"
-    if killed:
-        number = int(killed[1])
-        why = " (often the kernel's out-of-memory killer)" if number == signal.SIGKILL else ""
-        return f"{who} died of signal {number}{why}; no traceback was left"
-    return f"the ranks could not be started or died without a word:\n{noise[-4000:]}"
-
-
-def _end_group(pid: int) -> None:
-    """Whatever is left of the child's session."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    if code < 0:  # torchrun itself was killed, and its ranks with it
+        _write_status(run_dir, "failed")
+        print(f"\nthe run was killed (signal {-code})", file=sys.stderr, flush=True)
+    return 0 if code == 0 else 1
 
 
 class _Stopper:
     """First SIGINT, SIGTERM or SIGUSR1: ask the ranks to stop; the second SIGINT/SIGTERM: kill."""
 
-    def __init__(self, child: subprocess.Popen[bytes], run_dir: Path) -> None:
-        self._child, self._run_dir, self._asked = child, run_dir, False
-        self._kept = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
+    def __init__(self, agent: subprocess.Popen[bytes], run_dir: Path) -> None:
+        self._agent, self._stop_file, self._asked = agent, run_dir / "STOP", False
+        self._kept = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
-    def _handle(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number != signal.SIGUSR1:
-            _end_group(self._child.pid)
+            self._agent.kill()
             return
         self._asked = True
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        (self._run_dir / "STOP").touch()
+        self._ask()
         print(
             "\nstopping after this step, with a checkpoint; Ctrl-C again to kill",
             file=sys.stderr,
             flush=True,
         )
 
+    def _ask(self) -> None:
+        self._stop_file.parent.mkdir(parents=True, exist_ok=True)
+        self._stop_file.touch()
+
+    def wait(self) -> int:
+        """The agent's exit code."""
+        while True:
+            try:
+                return self._agent.wait(1.0)
+            except subprocess.TimeoutExpired:
+                if self._asked:  # again: ranks that were still starting have removed an old STOP
+                    self._ask()
+
     def forget(self) -> None:
         for number, handler in self._kept.items():
             signal.signal(number, handler)
+
+
+# -- the child -------------------------------------------------------------------------------------
+
+
+def torchrun(run_dir: Path, arguments: list[str]) -> int:
+    """torchrun in this process, its log lines and tracebacks left out; the exit code."""
+    die_with_parent()
+    for number in STOP_SIGNALS:  # the parent's business
+        signal.signal(number, lambda *_: None)
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable()
+    # After a failure torchrun sends the other ranks SIGTERM and, 30 s later, SIGKILL: no option
+    # changes that, and our ranks take SIGTERM for a request to stop after the step.
+    PContext.close.__defaults__ = (None, GRACE_S)  # death_sig, timeout
+    parsed = run.parse_args(arguments)
+    parsed.signals_to_handle = "SIGQUIT"
+    try:
+        run.run(parsed)
+    except ChildFailedError as error:
+        _write_status(run_dir, "failed")
+        print(f"\n{_last_words(run_dir, error.failures)}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _last_words(run_dir: Path, failures: dict[int, Any]) -> str:
+    """The first failing rank's own account; for one that left none, how its process ended.
+
+    `failures`: torch's ProcessFailure of every rank that did not end with 0, first noticed first.
+    """
+    record = first_error(run_dir)
+    if record is not None and not record["echo"]:
+        return account(run_dir, record)
+    begin = min(failure.timestamp for failure in failures.values())
+    # Later ones were ended by torchrun, and so were those of SIGTERM.
+    early = {r: f.exitcode for r, f in failures.items() if f.timestamp < begin + GRACE_S}
+    silent = {
+        rank: code
+        for rank, code in early.items()
+        if code != -signal.SIGTERM and not error_file(run_dir, rank).exists()
+    }
+    if record is not None and not silent:
+        return account(run_dir, record)
+    rank, code = next(iter((silent or early).items()))
+    if code >= 0:
+        return f"rank {rank} failed: exit code {code} (what it wrote is above)"
+    why = " (often the kernel's out-of-memory killer)" if code == -signal.SIGKILL else ""
+    return f"rank {rank} failed: died of signal {-code}{why}; it left no traceback"
+
+
+def _write_status(run_dir: Path, status: str) -> None:
+    if run_dir.is_dir():
+        (run_dir / "status").write_text(status + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(torchrun(Path(sys.argv[1]), sys.argv[2:]))

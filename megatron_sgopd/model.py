@@ -75,6 +75,7 @@ def build_model(
         ValueError: an architecture, option or size that does not fit, by name.
     """
     _check_supported(hf_config)
+    _check_divisible(hf_config, groups.tp_size)
     config = transformer_config(hf_config, groups, dtype)
     multiple = make_vocab_size_divisible_by * groups.tp_size
     model = DistillationGPTModel(
@@ -147,3 +148,12 @@ def _check_supported(hf_config: Any) -> None:
         raise ValueError(
             f"config.json has rope_theta {rope['rope_theta']}; Megatron takes integers"
         )
+
+
+def _check_divisible(hf_config: Any, tp_size: int) -> None:
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (size := getattr(hf_config, name)) % tp_size:
+            raise ValueError(
+                f"config.json has {name} {size}, which parallel.tensor_model_parallel_size "
+                f"{tp_size} does not divide: lower the latter"
+            )

@@ -100,10 +100,17 @@ def initialize(config: ParallelConfig, *, seed: int, device: torch.device | None
 
 
 def shutdown() -> None:
-    """Unmakes Megatron's groups (the default group stays), so that another layout can be made."""
-    from megatron.core import parallel_state
+    """Unmakes Megatron's groups (the default group stays), so that another layout can be made.
 
+    Megatron only forgets its groups; each keeps its gloo threads until torch destroys it.
+    """
+    from megatron.core import parallel_state
+    from torch.distributed.distributed_c10d import _world
+
+    made = set(parallel_state._global_process_group_list or [])
     parallel_state.destroy_model_parallel()
+    for group in made & set(_world.pg_map):  # those this rank is a member of, each once
+        dist.destroy_process_group(group)
 
 
 def broadcast_object(value: Any, groups: Groups) -> Any:

@@ -141,7 +141,8 @@ def _hub_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _text(row: dict[str, Any], field: str, where: str, key: str) -> str:
     if field not in row:
         raise ValueError(
-            f"{where}: no field {field!r}; it has {', '.join(sorted(row))}. Set {key} to one of them"
+            f"{where}: no field {field!r}; it has {', '.join(sorted(row))}. Set {key} to one of "
+            "them"
         )
     value = row[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -192,9 +193,9 @@ def render(
                 **config.chat_template_kwargs,
             )
         except TemplateError as error:
+            whose = "data.chat_template" if template else "the tokenizer's own"
             raise ValueError(
-                f"the chat template ({'data.chat_template' if template else 'the tokenizer'}'s) "
-                f"cannot be rendered for problem {problem.id!r}: {error}"
+                f"the chat template ({whose}) cannot be rendered for {problem.id!r}: {error}"
             ) from error
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         longest = max(longest, len(ids))

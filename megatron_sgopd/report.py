@@ -204,10 +204,14 @@ def _curves(runs: Sequence[RunFolder], colours: Mapping[str, str]) -> str:
     distilled = {run.name: run.metrics for run in runs if run.is_distillation}
     taught = {run.name: run.metrics for run in runs if run.metrics and not run.is_distillation}
     sections = []
-    for heading, group in (("Learning curves", distilled), ("Supervised training", taught)):
+    of_training = [panel for panel in PANELS if panel.keys[0].startswith(("train/", "student/"))]
+    for heading, group, panels in (
+        ("Learning curves", distilled, PANELS),
+        ("Supervised training", taught, of_training),
+    ):
         cards = [
             f'<div class="card"><h3>{panel.title}</h3><small>{panel.note}</small>{svg}</div>'
-            for panel in PANELS
+            for panel in panels
             if (svg := draw(panel, group, colours)) is not None
         ]
         if cards:

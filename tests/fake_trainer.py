@@ -86,7 +86,7 @@ def _metrics(step: int, method: str, accuracy: float, rng: random.Random) -> dic
     row: dict[str, float] = {"step": step, "train/loss": 3 * math.exp(-step / 9), "train/lr": 7e-4}
     row["train/grad_norm"] = 1 + rng.random()
     if method == "sft":
-        return row
+        return row | {"phases/realised_fraction": 0.0}
     row["rollout/accuracy"] = 0.1 + (accuracy - 0.1) * step / 30 + rng.gauss(0, 0.03)
     row["rollout/length"] = 30 + 4 * rng.random()
     row["distill/reverse_kl"] = 5 * math.exp(-step / 6)

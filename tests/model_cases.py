@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -131,6 +132,12 @@ def refusal(path: str, tp: int, changes: dict[str, Any], **options: Any) -> str 
     return None
 
 
+def refusal_without_te(path: str) -> str | None:
+    """As on a machine without Transformer Engine, whether it is here or not."""
+    with patch("importlib.util.find_spec", return_value=None):
+        return refusal(path, 1, {}, transformer_impl="transformer_engine")
+
+
 # -- weights ---------------------------------------------------------------------------------------
 
 Digest = tuple[str, str, tuple[int, ...], str]
@@ -156,9 +163,7 @@ def round_trip(path: str, tp: int, dtype: torch.dtype, out: str | None = None) -
         load_hf_weights(model, Path(path), groups)
         if out is not None:
             stream = iter_hf_weights(model, groups)
-            write_hf_dir(
-                Path(out), model.hf_config, stream, Path(path), writes=groups.rank == 0
-            )
+            write_hf_dir(Path(out), model.hf_config, stream, Path(path), writes=groups.rank == 0)
             dist.barrier()
         return digests(iter_hf_weights(model, groups))
 
@@ -224,7 +229,9 @@ def spoilt(stream: Iterable[tuple[str, Tensor]], case: str) -> Iterator[tuple[st
 # -- engine and metrics ----------------------------------------------------------------------------
 
 
-def make_engine(path: str, group: dist.ProcessGroup | None = None, **options: Any) -> EmbeddedEngine:
+def make_engine(
+    path: str, group: dist.ProcessGroup | None = None, **options: Any
+) -> EmbeddedEngine:
     engine = EmbeddedEngine(read_hf_config(Path(path)), group=group, device=CPU, **options)
     engine.push_weights(iter_safetensors(Path(path)), 1)
     return engine

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
+
+
+PR_SET_PDEATHSIG = 1
 
 
 def serve(connection: Connection, rank: int, world_size: int, store: str, log: str) -> None:
@@ -17,6 +22,8 @@ def serve(connection: Connection, rank: int, world_size: int, store: str, log: s
         SGOPD_DEVICE="cpu",
         CUDA_DEVICE_MAX_CONNECTIONS="1",
     )
+    # A rank stuck in a collective never reads its pipe: it must go when the test session is gone.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sgopd.config.load import diff, load_config
-from megatron_sgopd.demo import driver, phases
+from megatron_sgopd.demo import phases
 from megatron_sgopd.demo.arms import (
     ARM_DIFFERENCES,
     DEFAULT_ARMS,
@@ -314,6 +314,14 @@ def test_student_that_is_right_when_greedy_is_called_that(greedy: bool):
     assert any("reliability under sampling" in s for s in sentences) is greedy
 
 
+def test_another_estimator_is_said_to_be_a_reason():
+    comparison = compared(4, [5] * 10)
+    assert not any("estimator" in s for s in readings(comparison))
+    comparison["arms"]["opd"]["estimator"] = "sampled"
+    comparison["arms"]["sg_opd"]["estimator"] = "full_vocab"
+    assert any(s.startswith("sg_opd: the estimator is another") for s in readings(comparison))
+
+
 def test_quick_makes_no_claim():
     assert "no claim on accuracy" in verdict(compared(4, [5] * 10), quick=True)
 
@@ -387,7 +395,3 @@ def test_default_paths_are_those_of_the_default_demo():
     for plan in trainings(DEFAULT_ARMS, seed=42, quick=False, extra=()):
         overrides = [o.replace("{home}", home) for o in plan.overrides]
         assert load(plan.name, tuple(overrides)) == load(plan.name)
-
-
-def test_driver_module_has_the_trainer_of_the_package():
-    assert driver.TRAINER[1:] == ("-m", "megatron_sgopd", "train")

@@ -54,13 +54,13 @@ def references(paths: dict[str, Path]) -> dict[str, Any]:
 
 
 def requests_of(count: int, vocab: int = 37, seed: int = 0, **options: Any) -> list[Request]:
-    """Prompts of 1 to 9 tokens, several of each length."""
+    """Prompts of 1 to 4 tokens, several of each length."""
     rng = random.Random(seed)
     return [
         Request(
-            prompt_token_ids=tuple(rng.randrange(vocab) for _ in range(rng.randint(1, 9))),
+            prompt_token_ids=tuple(rng.randrange(vocab) for _ in range(rng.randint(1, 4))),
             seed=1000 + i,
-            **{"max_new_tokens": 20, **options},
+            **{"max_new_tokens": 10, **options},
         )
         for i in range(count)
     ]
@@ -89,14 +89,14 @@ def test_greedy_equals_transformers(
     name: str, engines: dict[str, EmbeddedEngine], references: dict[str, Any]
 ) -> None:
     stop = 7
-    requests = requests_of(12, temperature=0.0, stop_token_ids=(stop,), max_new_tokens=30)
+    requests = requests_of(8, temperature=0.0, stop_token_ids=(stop,), max_new_tokens=14)
     completions = engines[name].generate(requests)
     for request, completion in zip(requests, completions, strict=True):
         expected = references[name].generate(
             torch.tensor([request.prompt_token_ids]),
             attention_mask=torch.ones(1, len(request.prompt_token_ids), dtype=torch.long),
             do_sample=False,
-            max_new_tokens=30,
+            max_new_tokens=14,
             eos_token_id=stop,
             pad_token_id=0,
         )[0, len(request.prompt_token_ids) :]
@@ -117,7 +117,7 @@ def test_logprobs_equal_a_teacher_forced_forward(
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
         expected = logprobs.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert completion.logprobs == pytest.approx(expected.tolist(), abs=LOGPROB_TOLERANCE)
-        assert len(completion.token_ids) == 20
+        assert len(completion.token_ids) == 10
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -143,11 +143,11 @@ def test_samples_follow_the_softmax(
 MIXED = [
     replace(
         request,
-        max_new_tokens=(24, 3, 11, 0)[i % 4],
+        max_new_tokens=(14, 3, 7, 0)[i % 4],
         temperature=(1.0, 0.0, 0.7)[i % 3],
         stop_token_ids=((), (5, 11, 20, 30), (2,))[i % 3],
     )
-    for i, request in enumerate(requests_of(24, seed=3))
+    for i, request in enumerate(requests_of(18, seed=3))
 ]
 
 
@@ -158,7 +158,7 @@ def test_alone_batched_and_reordered_are_the_same(engines: dict[str, EmbeddedEng
     assert_same(engines["untied"].generate(MIXED[::-1]), together[::-1])
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 2, 5])
+@pytest.mark.parametrize("max_batch_size", [1, 4])
 def test_small_batches_are_the_same(
     max_batch_size: int, paths: dict[str, Path], engines: dict[str, EmbeddedEngine]
 ) -> None:
@@ -171,7 +171,7 @@ def test_compaction_does_not_change_answers(
     share: float, engines: dict[str, EmbeddedEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_length = [
-        replace(r, prompt_token_ids=(i % 37, 4), max_new_tokens=1 + 2 * i, stop_token_ids=(8,))
+        replace(r, prompt_token_ids=(i % 37, 4), max_new_tokens=1 + i, stop_token_ids=(8,))
         for i, r in enumerate(requests_of(16))
     ]
     expected = engines["untied"].generate(one_length)
@@ -180,9 +180,9 @@ def test_compaction_does_not_change_answers(
 
 
 def test_seeds_make_the_answer(engines: dict[str, EmbeddedEngine]) -> None:
-    request = Request((1, 2, 3), seed=7, max_new_tokens=16)
+    request = Request((1, 2, 3), seed=7, max_new_tokens=10)
     first, again, other = engines["untied"].generate([request, request, replace(request, seed=8)])
-    assert first == again
+    assert_same([again], [first])
     assert first.token_ids != other.token_ids
     assert (first.seed, other.seed) == (7, 8)
     torch.manual_seed(99)  # the global generator plays no part
@@ -216,7 +216,7 @@ def test_stop_ids_end_the_answer_and_stay_in_it(engines: dict[str, EmbeddedEngin
         cut = engines["untied"].generate(requests_of(10, stop_token_ids=stops))
         for whole, got in zip(free, cut, strict=True):
             places = [i for i, t in enumerate(whole.token_ids) if t in stops]
-            end = places[0] + 1 if places else 20
+            end = places[0] + 1 if places else 10
             assert got.token_ids == whole.token_ids[:end]
             assert len(got.logprobs) == end
             assert got.finish_reason == ("stop" if places else "length")
@@ -288,9 +288,7 @@ def test_a_spoilt_stream_is_refused_by_name(
 
 
 def test_the_policy_version_is_that_of_the_weights(paths: dict[str, Path]) -> None:
-    engine = EmbeddedEngine(
-        read_hf_config(paths["untied"]), group=None, device=torch.device("cpu")
-    )
+    engine = EmbeddedEngine(read_hf_config(paths["untied"]), group=None, device=torch.device("cpu"))
     assert engine.policy_version == -1
     request = Request((1, 2), seed=5, max_new_tokens=8, temperature=0.0)
     engine.push_weights(iter_safetensors(paths["untied"]), 3)

@@ -53,9 +53,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def one(tokenizer: Any, problem: Problem | None = None, limit: int = 1000, **data: Any) -> Prompt:
     """The only prompt that `render` makes of one problem."""
-    (prompt,) = render(
-        [problem or Problem("p", "2+3=", "5")], tokenizer, DataConfig(**data), limit
-    )
+    (prompt,) = render([problem or Problem("p", "2+3=", "5")], tokenizer, DataConfig(**data), limit)
     return prompt
 
 

@@ -127,6 +127,11 @@ def test_every_panel_is_drawn_where_its_quantity_is_there(panel, page: Path):
     assert f"<h3>{panel.title}</h3>" in page.read_text()
 
 
+def test_supervised_runs_show_their_training_alone(page: Path):
+    supervised = page.read_text().split("<h2>Supervised training</h2>")[1].split("<h2>")[0]
+    assert re.findall("<h3>(.*?)</h3>", supervised) == ["Training loss", "Gradient norm"]
+
+
 def test_a_panel_draws_a_line_per_run_and_key():
     panel = next(p for p in PANELS if p.keys[0] == "gate/open_rate")
     rows = [{"step": i, "gate/open_rate": 0.1 * i, "gate/open_rate_mixed": 0.2} for i in (1, 2, 3)]

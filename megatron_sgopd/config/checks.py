@@ -103,7 +103,8 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     _check_models(config)
     tis = rollout.tis
     if tis == "auto":
-        tis = "token" if config.distill.estimator == "sampled" else "none"
+        sampled = config.distill.estimator == "sampled" and config.distill.method != "sft"
+        tis = "token" if sampled else "none"
     return replace(
         config,
         parallel=replace(parallel, data_parallel_size=dp),
@@ -135,8 +136,8 @@ def _sampling(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.top_p != 1.0:
         yield (
-            f"rollout.top_p is {rollout.top_p}; training needs 1.0: the engine's log-probs would be "
-            "renormalised over the kept tokens while the trainer scores the whole vocabulary"
+            f"rollout.top_p is {rollout.top_p}; training needs 1.0: the engine's log-probs would "
+            "be renormalised over the kept tokens while the trainer scores the whole vocabulary"
         )
     if rollout.temperature <= 0:
         yield (
@@ -147,7 +148,7 @@ def _sampling(config: Config) -> Iterator[str]:
     if rollout.stop_token_ids is not None and not rollout.stop_token_ids:
         yield "rollout.stop_token_ids is []; leave it null for the tokenizer's EOS, or name ids"
     if rollout.tis == "token" and config.distill.method == "sft":
-        yield "rollout.tis is 'token' with method sft, whose tokens no engine sampled: set it to none"
+        yield "rollout.tis is 'token' with method sft, whose tokens no engine sampled: set none"
 
 
 def _method(config: Config) -> Iterator[str]:
@@ -159,9 +160,9 @@ def _method(config: Config) -> Iterator[str]:
             "is null: set it to a Hugging Face directory"
         )
     if method in ("grpo", "grpd") and config.rollout.n < 2:
-        yield f"distill.method {method!r} compares rollouts of a group; rollout.n is 1, set 2 or more"
+        yield f"distill.method {method!r} compares a group's rollouts; rollout.n is 1: 2 or more"
     if distill.estimator == "full_vocab" and distill.adv_clip is not None:
-        yield "distill.adv_clip clips the sampled advantage; estimator full_vocab has none: set null"
+        yield "distill.adv_clip clips the sampled advantage; full_vocab has none: set it to null"
     if distill.ppo_epochs != 1:
         yield (
             f"distill.ppo_epochs is {distill.ppo_epochs}; 1 is what there is: one update a batch, "
@@ -228,8 +229,8 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield f"optimizer.min_lr {o.min_lr} is above optimizer.lr {o.lr}"
     if o.lr_warmup_steps > config.num_steps:
         yield (
-            f"optimizer.lr_warmup_steps is {o.lr_warmup_steps} and num_steps {config.num_steps}: the "
-            "warm-up would never end"
+            f"optimizer.lr_warmup_steps is {o.lr_warmup_steps} and num_steps {config.num_steps}: "
+            "the warm-up would never end"
         )
     for key in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(o, key) < 1:

@@ -1,22 +1,24 @@
 """YAML recipe + dotted overrides -> frozen `Config`; and back to YAML.
 
-OmegaConf's structured configs check names and types; this file turns what they find into messages
-that name the key, what came, what is allowed and the nearest valid key.
+Names and types are checked here, setting by setting, so that messages name the key, what came, what
+is allowed and the nearest valid key; OmegaConf merges and writes YAML.
 """
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import hashlib
 import re
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import Config
@@ -25,16 +27,24 @@ MISSING = "???"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (1e-5 is one) and an error on a key that comes twice."""
+    """YAML 1.2's floats (1e-5 is one), keys as they are written, and none of them twice."""
+
+    def construct_document(self, node: Any) -> Any:
+        self.deep_construct = True  # a value that holds itself is an error
+        return super().construct_document(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError(f"line {line}: key {key!r} comes twice; keep one of them")
-            seen.add(key)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"line {line}: a key must be a word")
+            if key_node.value in seen:
+                raise ConfigError(
+                    f"line {line}: key {key_node.value!r} comes twice; keep one of them"
+                )
+            seen.add(key_node.value)
+            key_node.tag = "tag:yaml.org,2002:str"  # `on`, `3` and `<<` too
         return super().construct_mapping(node, deep)
 
 
@@ -55,10 +65,9 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     lines = _key_lines(Path(recipe))
     settings = [(key, value, f"{recipe}:{lines[key]}") for key, value in _leaves(tree)]
     settings += [(*_parse_override(text), f"override {text!r}") for text in overrides]
-    config = OmegaConf.structured(Config)
     for key, value, where in settings:
         _check_setting(key, value, where)
-    config = _merge(config, settings)
+    config = OmegaConf.merge(OmegaConf.structured(Config), _tree(settings))
     _check_missing(config, str(recipe))
     built = OmegaConf.to_object(config)
     assert isinstance(built, Config), "the structured config is a Config"
@@ -107,7 +116,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)})") from error
+        raise ConfigError(f"{path}{where}: not YAML ({_problem(error)})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error.reason})") from error
     except ConfigError as error:
@@ -153,8 +162,14 @@ def _parse_override(text: str) -> tuple[str, Any]:
         return key, yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"override {text!r}: {value!r} is not a YAML value ({getattr(error, 'problem', error)})"
+            f"override {text!r}: {value!r} is not a YAML value ({_problem(error)})"
         ) from error
+    except ConfigError as error:
+        raise ConfigError(f"override {text!r}: {error}") from error
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or str(error).partition("\n")[0])
 
 
 # -- checking --------------------------------------------------------------------------------------
@@ -166,7 +181,8 @@ def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
     hints = get_type_hints(cls)
     for field in fields(cls):
         key, hint = f"{prefix}{field.name}", hints[field.name]
-        found |= _field_types(hint, key + ".") if is_dataclass(hint) else {key: hint}
+        is_section = isinstance(hint, type) and is_dataclass(hint)
+        found |= _field_types(hint, key + ".") if is_section else {key: hint}
     return found
 
 
@@ -176,42 +192,58 @@ _MAPPINGS = frozenset(key for key, hint in KEYS.items() if str(hint).startswith(
 
 
 def _check_setting(key: str, value: Any, where: str) -> None:
-    if isinstance(value, dict) and not value and key in SECTIONS:
+    if value == {} and key in SECTIONS:
         return
-    if key not in KEYS and key.rsplit(".", 1)[0] not in _MAPPINGS:
+    parent = key.rpartition(".")[0]
+    if key not in KEYS and parent not in _MAPPINGS:
         raise ConfigError(f"{where}: {_unknown(key)}")
-    _refuse_lookalikes(key, value, where)
+    hint = KEYS[key] if key in KEYS else get_args(KEYS[parent])[1]
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{where}: {key!r} holds an interpolation {value!r}; write the value")
+    if not _fits(value, hint):
+        quote = "; quote it" if _fits("text", hint) and not isinstance(value, list | dict) else ""
+        raise ConfigError(
+            f"{where}: {key!r} is {value!r} ({type(value).__name__}); "
+            f"allowed: {_allowed(hint)}{quote}"
+        )
 
 
-def _merge(config: Any, settings: Sequence[tuple[str, Any, str]]) -> Any:
-    """All settings at once, which is quick; one by one only to find which of them is refused."""
-    try:
-        return OmegaConf.merge(config, _tree(settings))
-    except OmegaConfBaseException:
-        for key, value, where in settings:
-            try:
-                OmegaConf.merge(config, _nested(key, value))
-            except OmegaConfBaseException as error:
-                raise ConfigError(f"{where}: {_wrong_type(key, value)}") from error
-        raise
+def _fits(value: Any, hint: Any) -> bool:
+    """Exactly, where OmegaConf would turn true into 1 and 3 into '3'; an int is a float."""
+    inner = get_args(hint)
+    match get_origin(hint) or hint:
+        case typing.Literal:
+            return isinstance(value, str) and value in inner
+        case types.UnionType:
+            return any(_fits(value, each) for each in inner)
+        case builtins.list:
+            return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+        case builtins.dict:
+            return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
+        case builtins.float:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case plain:
+            return type(value) is plain
+
+
+def _allowed(hint: Any) -> str:
+    if get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(get_args(hint))
+    return hint.__name__ if type(hint) is type else str(hint).replace("None", "null")
 
 
 def _tree(settings: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
     """The settings as one nested mapping; the last of a key wins."""
     tree: dict[str, Any] = {}
     for key, value, _ in settings:
+        if key in SECTIONS:  # an empty one, which sets nothing
+            continue
         *path, leaf = key.split(".")
         node = tree
         for part in path:
             node = node.setdefault(part, {})
         node[leaf] = value
     return tree
-
-
-def _nested(key: str, value: Any) -> Any:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
 
 
 def _unknown(key: str) -> str:
@@ -225,36 +257,9 @@ def _unknown(key: str) -> str:
     return f"unknown key {key!r}; {hint}"
 
 
-def _refuse_lookalikes(key: str, value: Any, where: str) -> None:
-    """OmegaConf would turn true into 1, 3 into '3', and '${…}' into a reference."""
-    allowed = str(KEYS.get(key, "bool"))
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{where}: {key!r} holds an interpolation {value!r}; write the value")
-    wants_number = ("int" in allowed or "float" in allowed) and "bool" not in allowed
-    if allowed == "<class 'bool'>" and not isinstance(value, bool):
-        raise ConfigError(f"{where}: {_wrong_type(key, value)}")
-    if isinstance(value, bool) and wants_number:
-        raise ConfigError(f"{where}: {_wrong_type(key, value)}")
-    if isinstance(value, int | float) and "str" in allowed and not wants_number:
-        raise ConfigError(f"{where}: {_wrong_type(key, value)}; quote it")
-    if isinstance(value, str) and "str" not in allowed and "Literal" not in allowed:
-        raise ConfigError(f"{where}: {_wrong_type(key, value)}")
-    if isinstance(value, float) and "float" not in allowed and "Literal" not in allowed:
-        raise ConfigError(f"{where}: {_wrong_type(key, value)}")
-
-
-def _wrong_type(key: str, value: Any) -> str:
-    hint = KEYS.get(key)
-    allowed = getattr(hint, "__name__", None) or str(hint)
-    text = str(hint)
-    if "Literal" in text:
-        allowed = "one of " + ", ".join(re.findall(r"'([^']*)'", text))
-    elif "|" in text or "[" in text:
-        allowed = text.replace("None", "null")
-    return f"{key!r} is {value!r} ({type(value).__name__}); allowed: {allowed}"
-
-
 def _check_missing(config: Any, recipe: str) -> None:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ConfigError(f"{recipe}: {', '.join(missing)} must be set, in the recipe or as key=value")
+        raise ConfigError(
+            f"{recipe}: {', '.join(missing)} must be set, in the recipe or as key=value"
+        )

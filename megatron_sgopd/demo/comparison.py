@@ -66,6 +66,7 @@ def readings(comparison: Mapping[str, Any]) -> list[str]:
                 else "not separated from zero; one seed cannot say more"
             )
             sentences.append(f"{name} - {BASELINE}: {_signed(difference)}: {verdict}.")
+    sentences += _confounds(arms)
     sentences += _greedy_readings(arms, before)
     sentences += _teacher_readings(arms, comparison["teacher"])
     sentences.append(
@@ -141,6 +142,20 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
         _signed(lift) if lift else "",
         _signed(difference) if difference else "",
         f"{seconds:.0f}" if seconds is not None else "",
+    ]
+
+
+def _confounds(arms: Mapping[str, Any]) -> list[str]:
+    """Arms whose difference to the baseline is not the method's alone."""
+    if BASELINE not in arms:
+        return []
+    estimator = arms[BASELINE]["estimator"]
+    others = [name for name, arm in arms.items() if arm["estimator"] != estimator]
+    if not others:
+        return []
+    return [
+        f"{', '.join(others)}: the estimator is another than {BASELINE}'s ({estimator}), so the "
+        f"difference is not the gate's or the phases' alone."
     ]
 
 

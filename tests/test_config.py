@@ -1,0 +1,427 @@
+"""Recipes: what is refused and in which words, YAML's traps, and what resolving fills in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_sgopd.config.checks import problems, resolve
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.load import content_hash, diff, flatten, load_config, to_yaml
+from megatron_sgopd.config.schema import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+GOOD = """\
+name: example
+model:
+  student:
+    hf_path: models/student
+  teacher:
+    hf_path: models/teacher
+data:
+  train: train.jsonl
+rollout:
+  num_prompts: 8
+"""
+
+
+def load(folder: Path, text: str = GOOD, *overrides: str) -> Config:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def refusal(folder: Path, text: str = GOOD, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolve(load(folder, text, *overrides))
+    message = str(caught.value)
+    assert "\n" not in message, "one line"
+    return message.replace(str(folder / "recipe.yaml"), "RECIPE")
+
+
+# Overrides that no config can take: the override, and what the message must hold.
+BAD_NAMES = {
+    "distill.gate.lamda_high=1.5": ["'distill.gate.lamda_high'", "'distill.gate.lambda_high'"],
+    "distil.method=opd": ["'distil.method'", "'distill.method'"],
+    "method=opd": ["'method'", "'distill.method'"],
+    "optimizer.learning_rate=1e-4": ["'optimizer.learning_rate'", "nearest"],
+    "xyzzy=1": ["'xyzzy'", "sections: ", "distill.gate", "rollout"],
+    "distill.gate=1": ["'distill.gate' is a section", "distill.gate.lambda_high"],
+    "rollout=8": ["'rollout' is a section", "rollout.num_prompts"],
+    "rollout.n.x=8": ["'rollout.n.x'", "'rollout.n'"],
+    "logging": ["'logging'", "section.key=value"],
+    "=3": ["'=3'", "section.key=value"],
+    "rollout n=3": ["'rollout n=3'", "section.key=value"],
+    "rollout.n=[1": ["'[1'", "not a YAML value"],
+}
+BAD_TYPES = {
+    "num_steps=ten": ["'num_steps'", "'ten'", "int"],
+    "num_steps=1.5": ["'num_steps'", "1.5", "int"],
+    "num_steps=true": ["'num_steps'", "True", "int"],
+    "num_steps=null": ["'num_steps'", "None", "int"],
+    "num_steps=[1]": ["'num_steps'", "[1]", "int"],
+    "optimizer.lr=fast": ["'optimizer.lr'", "'fast'", "float"],
+    "optimizer.lr=true": ["'optimizer.lr'", "True", "float"],
+    "model.student.random_init=1": ["'model.student.random_init'", "1 (int)", "bool"],
+    "model.student.random_init=si": ["'model.student.random_init'", "'si'", "bool"],
+    "name=3": ["'name'", "3 (int)", "str", "quote it"],
+    "data.prompt_suffix=2.5": ["'data.prompt_suffix'", "2.5", "str", "quote it"],
+    "data.prompt_suffix=true": ["'data.prompt_suffix'", "True", "str", "quote it"],
+    "name=2026-01-01": ["'name'", "2026", "str", "quote it"],
+    "distill.method=sgopd": ["'distill.method'", "'sgopd'", "sg_opd, opdvr, grpd"],
+    "distill.estimator=full": ["'distill.estimator'", "'full'", "sampled, full_vocab"],
+    "distill.estimator=1": ["'distill.estimator'", "1 (int)", "sampled, full_vocab"],
+    "rollout.tis=true": ["'rollout.tis'", "True", "auto, token, none"],
+    "model.dtype=fp32": ["'model.dtype'", "'fp32'", "float32, bfloat16"],
+    "rollout.stop_token_ids=[a]": ["'rollout.stop_token_ids'", "['a']", "list[int]"],
+    "rollout.stop_token_ids=[1, true]": ["'rollout.stop_token_ids'", "[1, True]", "list[int]"],
+    "rollout.stop_token_ids=[1.5]": ["'rollout.stop_token_ids'", "[1.5]", "list[int]"],
+    "rollout.stop_token_ids=3": ["'rollout.stop_token_ids'", "3 (int)", "list[int]"],
+    "data.chat_template_kwargs=yes": ["'data.chat_template_kwargs'", "dict[str, bool]"],
+    "data.chat_template_kwargs.enable_thinking=3": ["chat_template_kwargs", "3 (int)", "bool"],
+    "data.chat_template_kwargs={enable_thinking: 3}": ["chat_template_kwargs", "3", "dict[str, "],
+    "data.prompt_suffix=a: b": ["'data.prompt_suffix'", "{'a': 'b'} (dict)", "allowed: str"],
+    "rollout.n={a: 1, a: 2}": ["'a' comes twice"],
+    "data.train=${name}": ["'data.train'", "interpolation", "${name}"],
+    "parallel.data_parallel_size=two": ["'parallel.data_parallel_size'", "'two'", "int | null"],
+    "distill.adv_clip=off": ["'distill.adv_clip'", "False", "float | null"],
+    "distill.gate.eps=true": ["'distill.gate.eps'", "True", "float | str"],
+}
+BAD_RANGES = {
+    "num_steps=0": ["num_steps is 0", "at least 1"],
+    "rollout.n=-1": ["rollout.n is -1", "at least 1"],
+    "verifier.num_workers=0": ["verifier.num_workers is 0", "at least 1"],
+    "evaluation.max_problems=0": ["evaluation.max_problems is 0", "at least 1"],
+    "optimizer.lr=0": ["optimizer.lr is 0", "above 0"],
+    "optimizer.lr=.nan": ["optimizer.lr is nan", "finite"],
+    "optimizer.clip_grad=.inf": ["optimizer.clip_grad is inf", "finite"],
+    "optimizer.weight_decay=-0.1": ["optimizer.weight_decay is -0.1", "not be negative"],
+    "optimizer.min_lr=1": ["optimizer.min_lr 1.0", "optimizer.lr 1e-05"],
+    "optimizer.lr_warmup_steps=101": ["lr_warmup_steps is 101", "num_steps 100"],
+    "optimizer.adam_beta2=1.0": ["optimizer.adam_beta2 is 1.0", "below 1"],
+    "distill.adv_clip=0": ["distill.adv_clip is 0", "above 0", "null is off"],
+    "name=a/b": ["name is 'a/b'", "letters"],
+    "name=..": ["name is '..'", "letters"],
+    "rollout.temperature=0": ["rollout.temperature is 0", "above 0"],
+    "rollout.top_p=0.95": ["rollout.top_p is 0.95", "1.0"],
+    "rollout.stop_token_ids=[]": ["rollout.stop_token_ids is []", "null"],
+    "evaluation.temperature=-1": ["evaluation.temperature is -1", "0 (greedy)"],
+    "distill.phases.rho0=1.5": ["distill.phases.rho0 is 1.5", "0 to 1"],
+    "distill.phases.hold_frac=0.9": ["hold_frac 0.9", "end_frac 0.4", "<="],
+    "distill.gate.eps=small": ["distill.gate.eps is 'small'", "'auto'"],
+    "distill.gate.eps=-1e-3": ["distill.gate.eps is -0.001", "'auto'"],
+    "distill.gate.lambda_high=0": ["lambda_high 0", "above 0"],
+    "parallel.pipeline_model_parallel_size=2": ["pipeline_model_parallel_size is 2", "1"],
+}
+BAD_COMBINATIONS = {
+    "model.teacher.hf_path=null": ["'sg_opd'", "model.teacher.hf_path", "null"],
+    "distill.method=grpd rollout.n=1": ["'grpd'", "rollout.n is 1", "2 or more"],
+    "distill.method=grpo": ["distill.phases.enabled", "'grpo'", "phases.enabled=false"],
+    "distill.method=sft distill.phases.enabled=false model.reference.hf_path=m": [
+        "model.reference.hf_path",
+        "'sft'",
+        "null",
+    ],
+    "distill.method=sft distill.phases.enabled=false rollout.tis=token": [
+        "rollout.tis is 'token'",
+        "sft",
+        "none",
+    ],
+    "distill.method=exopd distill.lambda_uniform=0": ["lambda_uniform is 0", "above 0"],
+    "distill.estimator=full_vocab distill.adv_clip=5": ["distill.adv_clip", "full_vocab", "null"],
+    "distill.ppo_epochs=2": ["distill.ppo_epochs is 2", "1 is what there is"],
+    "distill.gate.conflict=interpolate": ["'interpolate'", "lambda_low 1.0", "between 0 and 1"],
+    "distill.gate.lambda_low=0.5": ["'plain'", "lambda_low 0.5", "'interpolate'"],
+    "distill.estimator=full_vocab distill.gate.forbid_sign_flip=true": [
+        "forbid_sign_flip",
+        "sampled",
+    ],
+    "distill.gate.full_vocab_mode=candidate": ["'candidate'", "estimator=full_vocab"],
+    "distill.estimator=full_vocab distill.gate.full_vocab_mode=candidate "
+    "distill.gate.teacher_signal=t_minus_r": ["'candidate'", "t_minus_s"],
+    "model.transformer_impl=transformer_engine": ["transformer_engine", "[gpu]", "'local'"],
+}
+
+
+@pytest.mark.parametrize("override", [*BAD_NAMES, *BAD_TYPES])
+def test_a_wrong_name_or_type_is_refused_with_what_is_allowed(tmp_path: Path, override: str):
+    message = refusal(tmp_path, GOOD, override)
+    assert message.startswith(f"override {override!r}")
+    for part in (BAD_NAMES | BAD_TYPES)[override]:
+        assert part in message
+
+
+@pytest.mark.parametrize("overrides", [*BAD_RANGES, *BAD_COMBINATIONS])
+def test_a_value_that_cannot_be_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refusal(tmp_path, GOOD, *overrides.split())
+    for part in (BAD_RANGES | BAD_COMBINATIONS)[overrides]:
+        assert part in message
+
+
+# Recipes that are refused, and what the message must hold.
+BAD_FILES = {
+    "unknown key": (
+        GOOD + "  top_k: 5\n",
+        ["RECIPE:11: unknown key 'rollout.top_k'", "nearest valid key is 'rollout.top_p'"],
+    ),
+    "wrong type": (GOOD + "  n: many\n", ["RECIPE:11:", "'rollout.n'", "'many'", "int"]),
+    "number as name": (GOOD.replace("example", "17"), ["RECIPE:1:", "'name'", "17", "quote it"]),
+    "duplicate key": (GOOD + "  num_prompts: 9\n", ["RECIPE, line 11", "'num_prompts'", "twice"]),
+    "duplicate section": (GOOD + "data:\n  shuffle: true\n", ["line 11", "'data'", "twice"]),
+    "section set to a value": (GOOD + "optimizer: adam\n", ["RECIPE:11:", "'optimizer'", "lr"]),
+    "value set to a section": (GOOD + "  n:\n    per_step: 3\n", ["'rollout.n.per_step'", ":12:"]),
+    "number as key": (GOOD + "3: 4\n", ["RECIPE:11:", "unknown key '3'"]),
+    "boolean as key": (GOOD + "on: 4\n", ["RECIPE:11:", "unknown key 'on'"]),
+    "list as key": (GOOD + "[1, 2]: 4\n", ["RECIPE, line 11: a key must be a word"]),
+    "merge key": (GOOD + "  <<: {n: 3}\n", ["RECIPE:11:", "unknown key 'rollout.<<"]),
+    "a value in itself": ("&a\n" + GOOD + "logging: *a\n", ["RECIPE:1: not YAML", "recursive"]),
+    "a section in itself": (
+        GOOD + "logging: &a\n  run_dir: *a\n",
+        ["RECIPE:11: not YAML", "recursive"],
+    ),
+    "tab": (GOOD + "optimizer:\n\tlr: 1e-4\n", ["RECIPE:12: not YAML", "\\t"]),
+    "open bracket": (GOOD + "  stop_token_ids: [1, 2\n", ["RECIPE:12: not YAML"]),
+    "two documents": (GOOD + "---\nname: b\n", ["RECIPE:11: not YAML"]),
+    "a tag": (
+        GOOD + "  n: !!python/object:os.system 3\n",
+        ["RECIPE:11: not YAML", "python/object"],
+    ),
+    "a control character": (GOOD + "  n: \x01\n", ["RECIPE", "not YAML"]),
+    "list": ("- name: a\n", ["RECIPE holds list", "mapping"]),
+    "empty": ("", ["RECIPE holds NoneType", "mapping"]),
+    "nothing set": ("num_steps: 3\n", ["data.train, model.student.hf_path, name must be set"]),
+    "missing name": (
+        GOOD.replace("name: example\n", ""),
+        ["RECIPE: name must be set", "key=value"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, case: str):
+    text, parts = BAD_FILES[case]
+    message = refusal(tmp_path, text)
+    for part in parts:
+        assert part in message
+
+
+def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(
+        ConfigError, match=r"sg_opf\.yaml does not exist; did you mean recipes/demo"
+    ):
+        load_config("recipes/sg_opf.yaml")
+    with pytest.raises(ConfigError, match=r"recipe qqqqq does not exist$"):
+        load_config("qqqqq")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("name: caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml: not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("1E-05", 1e-5),
+        ("2e+3", 2000.0),
+        (".5e-3", 5e-4),
+        ("1_0.5", 10.5),
+        ("1", 1.0),
+    ],
+)
+def test_a_float_may_be_written_in_any_usual_way(tmp_path: Path, text: str, value: float):
+    in_file = load(tmp_path, GOOD + f"optimizer:\n  lr: {text}\n").optimizer.lr
+    assert (in_file, type(in_file)) == (value, float)
+    assert load(tmp_path, GOOD, f"optimizer.lr={text}").optimizer.lr == value
+
+
+def test_strings_that_look_like_something_else_stay_strings(tmp_path: Path):
+    config = load(tmp_path, GOOD.replace("example", '"1e-5"'), "data.prompt_suffix='on'")
+    assert (config.name, config.data.prompt_suffix) == ("1e-5", "on")
+    assert load(tmp_path, GOOD, "data.prompt_suffix=a=b").data.prompt_suffix == "a=b"
+
+
+def test_overrides_are_applied_in_order_over_the_recipe(tmp_path: Path):
+    config = load(tmp_path, GOOD, "rollout.num_prompts=16", "rollout.num_prompts=24", "seed=7")
+    assert (config.rollout.num_prompts, config.seed, config.num_steps) == (24, 7, 100)
+    assert config.rollout == replace(Config().rollout, num_prompts=24), "the rest are defaults"
+
+
+def test_values_of_every_kind_arrive(tmp_path: Path):
+    config = load(
+        tmp_path,
+        GOOD + "  stop_token_ids: [1, 2]\nlogging: {}\n",
+        "data.chat_template_kwargs={enable_thinking: false}",
+        "distill.gate.eps=0.01",
+        "distill.adv_clip=null",
+        "model.student.random_init=true",
+        "data={}",
+        "optimizer.lr=1",
+    )
+    assert config.rollout.stop_token_ids == [1, 2]
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    assert (config.distill.gate.eps, config.distill.adv_clip) == (0.01, None)
+    assert config.model.student.random_init is True
+    assert config.logging == Config().logging
+    assert config.data.train == "train.jsonl", "an empty section sets nothing"
+    assert (config.optimizer.lr, type(config.optimizer.lr)) == (1.0, float)
+    one_key = load(tmp_path, GOOD, "data.chat_template_kwargs.enable_thinking=true")
+    assert one_key.data.chat_template_kwargs == {"enable_thinking": True}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
+def test_every_recipe_resolves_and_comes_back_from_yaml(path: Path, tmp_path: Path):
+    config = load_config(path)
+    assert list(problems(config)) == []
+    resolved = resolve(config)
+    assert resolve(resolved) == resolved
+    assert load(tmp_path, to_yaml(resolved)) == resolved
+    assert load(tmp_path, to_yaml(config)) == config
+    assert diff(resolved, config).keys() <= {
+        "parallel.data_parallel_size",
+        "rollout.tis",
+        "logging.run_dir",
+    }
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 6
+
+
+def test_yaml_of_odd_values_comes_back(tmp_path: Path):
+    config = load(tmp_path)
+    odd = replace(
+        config,
+        name="1e5",
+        optimizer=replace(config.optimizer, lr=1e-5, adam_eps=1e-08, min_lr=0.0),
+        rollout=replace(config.rollout, stop_token_ids=[151645]),
+        data=replace(
+            config.data,
+            prompt_suffix="\nPut it in \\boxed{}: 'x' # \u03bb",
+            system_prompt="null",
+            chat_template="{{ messages }}{% if a %}\n{% endif %}",
+            chat_template_kwargs={"enable_thinking": False},
+        ),
+    )
+    assert load(tmp_path, to_yaml(odd)) == odd
+    assert yaml.safe_load(to_yaml(odd))["name"] == "1e5"
+
+
+def test_flatten_and_diff_name_keys_by_their_dots(tmp_path: Path):
+    a = load(tmp_path)
+    b = load(tmp_path, GOOD, "distill.gate.lambda_high=1.5", "seed=1", "rollout.tis=none")
+    assert flatten(a)["distill.gate.lambda_high"] == 1.8
+    assert flatten(a)["data.chat_template_kwargs"] == {}
+    assert diff(a, b) == {
+        "distill.gate.lambda_high": (1.8, 1.5),
+        "rollout.tis": ("auto", "none"),
+        "seed": (42, 1),
+    }
+    assert diff(a, a) == {}
+    c = load(tmp_path, GOOD, "data.chat_template_kwargs.enable_thinking=true")
+    assert diff(a, c) == {"data.chat_template_kwargs": ({}, {"enable_thinking": True})}
+
+
+def test_the_hash_follows_content_alone(tmp_path: Path):
+    a = load(tmp_path)
+    reordered = load(tmp_path, "rollout: {num_prompts: 8}\n" + GOOD.split("rollout:")[0])
+    assert content_hash(a) == content_hash(reordered)
+    assert len(content_hash(a)) == 12
+    different = [
+        content_hash(a),
+        content_hash(load(tmp_path, GOOD, "seed=1")),
+        content_hash(a, "x"),
+        content_hash(a, "x", "y"),
+        content_hash(a, "xy"),
+    ]
+    assert len(set(different)) == 5
+
+
+# -- resolve ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("estimator", "tis", "resolved"),
+    [
+        ("sampled", "auto", "token"),
+        ("full_vocab", "auto", "none"),
+        ("sampled", "none", "none"),
+        ("full_vocab", "token", "token"),
+    ],
+)
+def test_tis_auto_follows_the_estimator(tmp_path: Path, estimator: str, tis: str, resolved: str):
+    config = load(tmp_path, GOOD, f"distill.estimator={estimator}", f"rollout.tis={tis}")
+    assert resolve(config).rollout.tis == resolved
+
+
+@pytest.mark.parametrize(
+    ("tp", "dp", "world", "resolved"),
+    [(1, "null", None, 1), (2, "null", None, 1), (2, "null", 8, 4), (1, 4, None, 4), (2, 4, 8, 4)],
+)
+def test_data_parallelism_fills_the_world(
+    tmp_path: Path, tp: int, dp: object, world: int | None, resolved: int
+):
+    layout = (f"parallel.tensor_model_parallel_size={tp}", f"parallel.data_parallel_size={dp}")
+    config = resolve(load(tmp_path, GOOD, *layout), world)
+    assert config.parallel.data_parallel_size == resolved
+
+
+@pytest.mark.parametrize(("dp", "world"), [("null", 3), ("null", 1), (2, 2), (2, 8)])
+def test_a_world_that_the_layout_does_not_fill_is_refused(tmp_path: Path, dp: object, world: int):
+    config = load(
+        tmp_path, GOOD, "parallel.tensor_model_parallel_size=2", f"parallel.data_parallel_size={dp}"
+    )
+    with pytest.raises(ConfigError, match=rf"^{world} processes cannot be TP 2 x PP 1 x DP \d"):
+        resolve(config, world)
+
+
+def test_prompts_are_shared_equally(tmp_path: Path):
+    config = load(tmp_path, GOOD, "rollout.num_prompts=10")
+    assert resolve(config, 5).rollout.num_prompts == 10
+    with pytest.raises(ConfigError, match=r"rollout\.num_prompts is 10, which 4 .* multiple of 4"):
+        resolve(config, 4)
+
+
+def test_the_run_directory_is_named_after_the_run(tmp_path: Path):
+    assert resolve(load(tmp_path)).logging.run_dir == "runs/example"
+    assert resolve(load(tmp_path, GOOD, "logging.run_dir=here")).logging.run_dir == "here"
+
+
+@pytest.mark.parametrize("role", ["student", "teacher", "reference"])
+@pytest.mark.parametrize(
+    ("heads", "key_value_heads", "blamed"),
+    [(8, 4, None), (8, 2, "num_key_value_heads 2"), (6, 4, "num_attention_heads 6")],
+)
+def test_heads_are_shared_by_the_tensor_parallel_ranks(
+    tmp_path: Path, role: str, heads: int, key_value_heads: int, blamed: str | None
+):
+    model = tmp_path / "model"
+    model.mkdir()
+    shape = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
+    (model / "config.json").write_text(json.dumps(shape))
+    config = load(
+        tmp_path, GOOD, f"model.{role}.hf_path={model}", "parallel.tensor_model_parallel_size=4"
+    )
+    if blamed is None:
+        assert resolve(config).parallel.tensor_model_parallel_size == 4
+        return
+    with pytest.raises(ConfigError) as caught:
+        resolve(config)
+    for part in ("parallel.tensor_model_parallel_size is 4", role, str(model), blamed):
+        assert part in str(caught.value)
+
+
+def test_a_model_config_that_is_not_json_is_named(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"model\.teacher\.hf_path: .*config\.json is not JSON"):
+        resolve(load(tmp_path, GOOD, f"model.teacher.hf_path={tmp_path}"))
