@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_sgopd.config.checks import resolve
 from megatron_sgopd.config.errors import ConfigError
-from megatron_sgopd.config.load import load_config, to_yaml
+from megatron_sgopd.config.load import diff, load_config, to_yaml
 from megatron_sgopd.config.schema import Config
 
 
@@ -57,14 +57,30 @@ def train(arguments: argparse.Namespace) -> int:
     resolved = resolve(config)
     from megatron_sgopd.launch import run_ranks
 
+    run_dir = Path(resolved.logging.run_dir or "")
+    if is_finished(resolved, run_dir):
+        print(
+            f"{resolved.name}: finished already, see {run_dir}/summary.json. Raise num_steps to go "
+            "on from its last checkpoint, or give another name or logging.run_dir to run it again"
+        )
+        return 0
     parallel = resolved.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     ranks *= parallel.data_parallel_size or 1
     return run_ranks(
         ranks,
         ["train", arguments.recipe, *arguments.overrides],
-        Path(resolved.logging.run_dir or ""),
+        run_dir,
     )
+
+
+def is_finished(config: Config, run_dir: Path) -> bool:
+    """Whether the run directory holds this very run, done (its measured gate.eps aside)."""
+    status, written = run_dir / "status", run_dir / "config.yaml"
+    if not (status.is_file() and written.is_file() and (run_dir / "summary.json").is_file()):
+        return False
+    changed = set(diff(load_config(written), config)) - {"distill.gate.eps"}
+    return status.read_text(encoding="utf-8").strip() == "finished" and not changed
 
 
 def show_config(arguments: argparse.Namespace) -> int:
