@@ -9,7 +9,6 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
-
 PR_SET_PDEATHSIG = 1
 
 
