@@ -61,7 +61,8 @@ def train(arguments: argparse.Namespace) -> int:
     if is_finished(resolved, run_dir):
         print(
             f"{resolved.name}: finished already, see {run_dir}/summary.json. Raise num_steps to go "
-            "on (from its last checkpoint, if it kept one), or give another name or logging.run_dir to run it again"
+            "on (from its last checkpoint, if it kept one), or give another name or "
+            "logging.run_dir to run it again"
         )
         return 0
     parallel = resolved.parallel
