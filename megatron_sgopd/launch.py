@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_sgopd.failure import account, die_with_parent, error_file, first_error
 
-GRACE_S = 5  # from a rank's failure to SIGKILL for those that do not come down by themselves
+GRACE_S = 4  # from a rank's failure to SIGKILL for those that do not come down by themselves
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -140,7 +140,7 @@ def test_a_failing_rank_brings_all_down_and_has_the_last_word(
     ("behaviour", "words"),
     [
         ("killed, others barrier", "rank 1 failed: died of signal 9 (often the kernel's out-of-"),
-        ("leaves, others barrier", "rank 1 failed: exit code 3 (what it wrote is above)"),
+        ("leaves, others sleep", "rank 1 failed: exit code 3 (what it wrote is above)"),
     ],
 )
 def test_a_rank_that_left_no_record_is_named(start: Callable[..., Job], behaviour: str, words: str):
