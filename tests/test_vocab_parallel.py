@@ -55,10 +55,11 @@ def test_fp32_and_bf16_inputs_are_computed_in_fp32(pool: Any, estimator: str, se
         assert got["gradient"] < 1e-5
     bf16 = Case(vocab=501, estimator=estimator, dtype="bfloat16", seed=seed)
     for got in pool(2).run(vocab_cases.compare, bf16):
-        # The inputs are bf16 on both sides: only the gradient is rounded to bf16 (2^-9).
+        # The inputs are bf16 on both sides; the gradient alone is rounded to bf16, whose 8 bits of
+        # significand make the unit roundoff 2^-8.
         assert got["value"] < 1e-5
         assert got["logprobs"] < 1e-5
-        assert got["gradient"] < 2.0**-9
+        assert got["gradient"] <= 2.0**-8
 
 
 @pytest.mark.parametrize("world", [2, 4])
