@@ -109,17 +109,20 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _run_rank(config: Config) -> int:
-    from megatron_sgopd.failure import die_with_parent
-    from megatron_sgopd.megatron_cpu import quiet_imports
+    from megatron_sgopd.failure import die_with_parent, failing_together
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed takes its ranks with it
         die_with_parent()
     # Megatron wants kernels of one device queued in order where TP overlaps with compute.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    quiet_imports()  # before anything imports Megatron
-    from megatron_sgopd.train import main as train_main
+    run_dir = Path(config.logging.run_dir or "")
+    with failing_together(run_dir, int(os.environ["RANK"])):  # a failing import is a failure too
+        from megatron_sgopd.megatron_cpu import quiet_imports
 
-    train_main(config)
+        quiet_imports()  # before anything imports Megatron
+        from megatron_sgopd.train import main as train_main
+
+        train_main(config)
     return 0
 
 

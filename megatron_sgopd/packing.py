@@ -36,6 +36,11 @@ class MicroBatch:
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
+def num_tokens(rollout: Rollout) -> int:
+    """Prompt and completion."""
+    return len(rollout.prompt.token_ids) + len(rollout.completion.token_ids)
+
+
 def num_loss_tokens(rollout: Rollout, mask_truncated: bool) -> int:
     """|y_i|: the tokens of the completion that carry loss; EOS counts, a masked one has none."""
     if mask_truncated and rollout.completion.finish_reason == "length":

@@ -25,7 +25,13 @@ from megatron_sgopd.config.schema import Config
 from megatron_sgopd.frozen import Frozen
 from megatron_sgopd.loss import Objective, Scores, token_metrics
 from megatron_sgopd.metrics import Clock, Sums, add_up, reduced_means
-from megatron_sgopd.packing import MicroBatch, micro_batches, num_loss_tokens, token_scales
+from megatron_sgopd.packing import (
+    MicroBatch,
+    micro_batches,
+    num_loss_tokens,
+    num_tokens,
+    token_scales,
+)
 from megatron_sgopd.student import Student
 from megatron_sgopd.types import Rollout
 
@@ -81,6 +87,8 @@ def prepare(
     student: Student,
 ) -> list[Work]:
     """Cuts micro-batches, lets the frozen models score them, and gives each token its share."""
+    # Rows of like length share a micro-batch: less padding, the same sums.
+    rollouts = sorted(rollouts, key=num_tokens, reverse=True)
     masked = config.distill.mask_truncated
     lengths = [num_loss_tokens(r, masked) for r in rollouts]
     counts = torch.tensor([len(lengths), sum(lengths)], device=student.groups.device)

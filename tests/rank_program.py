@@ -21,6 +21,13 @@ def say(line: str) -> None:
     sys.stdout.write(line + "\n")  # at once: print writes the line's end by itself
 
 
+def asked_to_stop(run_dir: Path, rank: int) -> bool:
+    """Rank 0 looks, for all: ranks that look by themselves may disagree on when STOP came."""
+    answer = [rank == 0 and (run_dir / "STOP").exists()]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
 def behave(run_dir: Path, behaviour: str, rank: int) -> None:
     fails = rank == dist.get_world_size() - 1
     if behaviour == "succeed":
@@ -30,8 +37,7 @@ def behave(run_dir: Path, behaviour: str, rank: int) -> None:
         sys.stderr.write("\rbar 1/2\rbar 2/2" * (rank == 0))
         return
     if behaviour in ("work until STOP", "ignore STOP"):
-        while not (run_dir / "STOP").exists() or behaviour == "ignore STOP":
-            dist.barrier()
+        while not asked_to_stop(run_dir, rank) or behaviour == "ignore STOP":
             time.sleep(0.02)
         say(f"rank {rank} stopped on request")
         return

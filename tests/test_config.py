@@ -13,21 +13,17 @@ from megatron_sgopd.config.checks import problems, resolve
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import content_hash, diff, flatten, load_config, to_yaml
 from megatron_sgopd.config.schema import Config
+from tests.config_cases import (
+    BAD_COMBINATIONS,
+    BAD_FILES,
+    BAD_NAMES,
+    BAD_RANGES,
+    BAD_TYPES,
+    GOOD,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-GOOD = """\
-name: example
-model:
-  student:
-    hf_path: models/student
-  teacher:
-    hf_path: models/teacher
-data:
-  train: train.jsonl
-rollout:
-  num_prompts: 8
-"""
 
 
 def load(folder: Path, text: str = GOOD, *overrides: str) -> Config:
@@ -42,110 +38,6 @@ def refusal(folder: Path, text: str = GOOD, *overrides: str) -> str:
     message = str(caught.value)
     assert "\n" not in message, "one line"
     return message.replace(str(folder / "recipe.yaml"), "RECIPE")
-
-
-# Overrides that no config can take: the override, and what the message must hold.
-BAD_NAMES = {
-    "distill.gate.lamda_high=1.5": ["'distill.gate.lamda_high'", "'distill.gate.lambda_high'"],
-    "distil.method=opd": ["'distil.method'", "'distill.method'"],
-    "method=opd": ["'method'", "'distill.method'"],
-    "optimizer.learning_rate=1e-4": ["'optimizer.learning_rate'", "nearest"],
-    "xyzzy=1": ["'xyzzy'", "sections: ", "distill.gate", "rollout"],
-    "distill.gate=1": ["'distill.gate' is a section", "distill.gate.lambda_high"],
-    "rollout=8": ["'rollout' is a section", "rollout.num_prompts"],
-    "rollout.n.x=8": ["'rollout.n.x'", "'rollout.n'"],
-    "logging": ["'logging'", "section.key=value"],
-    "=3": ["'=3'", "section.key=value"],
-    "rollout n=3": ["'rollout n=3'", "section.key=value"],
-    "rollout.n=[1": ["'[1'", "not a YAML value"],
-}
-BAD_TYPES = {
-    "num_steps=ten": ["'num_steps'", "'ten'", "int"],
-    "num_steps=1.5": ["'num_steps'", "1.5", "int"],
-    "num_steps=true": ["'num_steps'", "True", "int"],
-    "num_steps=null": ["'num_steps'", "None", "int"],
-    "num_steps=[1]": ["'num_steps'", "[1]", "int"],
-    "optimizer.lr=fast": ["'optimizer.lr'", "'fast'", "float"],
-    "optimizer.lr=true": ["'optimizer.lr'", "True", "float"],
-    "model.student.random_init=1": ["'model.student.random_init'", "1 (int)", "bool"],
-    "model.student.random_init=si": ["'model.student.random_init'", "'si'", "bool"],
-    "name=3": ["'name'", "3 (int)", "str", "quote it"],
-    "data.prompt_suffix=2.5": ["'data.prompt_suffix'", "2.5", "str", "quote it"],
-    "data.prompt_suffix=true": ["'data.prompt_suffix'", "True", "str", "quote it"],
-    "name=2026-01-01": ["'name'", "2026", "str", "quote it"],
-    "distill.method=sgopd": ["'distill.method'", "'sgopd'", "sg_opd, opdvr, grpd"],
-    "distill.estimator=full": ["'distill.estimator'", "'full'", "sampled, full_vocab"],
-    "distill.estimator=1": ["'distill.estimator'", "1 (int)", "sampled, full_vocab"],
-    "rollout.tis=true": ["'rollout.tis'", "True", "auto, token, none"],
-    "model.dtype=fp32": ["'model.dtype'", "'fp32'", "float32, bfloat16"],
-    "rollout.stop_token_ids=[a]": ["'rollout.stop_token_ids'", "['a']", "list[int]"],
-    "rollout.stop_token_ids=[1, true]": ["'rollout.stop_token_ids'", "[1, True]", "list[int]"],
-    "rollout.stop_token_ids=[1.5]": ["'rollout.stop_token_ids'", "[1.5]", "list[int]"],
-    "rollout.stop_token_ids=3": ["'rollout.stop_token_ids'", "3 (int)", "list[int]"],
-    "data.chat_template_kwargs=yes": ["'data.chat_template_kwargs'", "dict[str, bool]"],
-    "data.chat_template_kwargs.enable_thinking=3": ["chat_template_kwargs", "3 (int)", "bool"],
-    "data.chat_template_kwargs={enable_thinking: 3}": ["chat_template_kwargs", "3", "dict[str, "],
-    "data.prompt_suffix=a: b": ["'data.prompt_suffix'", "{'a': 'b'} (dict)", "allowed: str"],
-    "rollout.n={a: 1, a: 2}": ["'a' comes twice"],
-    "data.train=${name}": ["'data.train'", "interpolation", "${name}"],
-    "parallel.data_parallel_size=two": ["'parallel.data_parallel_size'", "'two'", "int | null"],
-    "distill.adv_clip=off": ["'distill.adv_clip'", "False", "float | null"],
-    "distill.gate.eps=true": ["'distill.gate.eps'", "True", "float | str"],
-}
-BAD_RANGES = {
-    "num_steps=0": ["num_steps is 0", "at least 1"],
-    "rollout.n=-1": ["rollout.n is -1", "at least 1"],
-    "verifier.num_workers=0": ["verifier.num_workers is 0", "at least 1"],
-    "evaluation.max_problems=0": ["evaluation.max_problems is 0", "at least 1"],
-    "optimizer.lr=0": ["optimizer.lr is 0", "above 0"],
-    "optimizer.lr=.nan": ["optimizer.lr is nan", "finite"],
-    "optimizer.clip_grad=.inf": ["optimizer.clip_grad is inf", "finite"],
-    "optimizer.weight_decay=-0.1": ["optimizer.weight_decay is -0.1", "not be negative"],
-    "optimizer.min_lr=1": ["optimizer.min_lr 1.0", "optimizer.lr 1e-05"],
-    "optimizer.lr_warmup_steps=101": ["lr_warmup_steps is 101", "num_steps 100"],
-    "optimizer.adam_beta2=1.0": ["optimizer.adam_beta2 is 1.0", "below 1"],
-    "distill.adv_clip=0": ["distill.adv_clip is 0", "above 0", "null is off"],
-    "name=a/b": ["name is 'a/b'", "letters"],
-    "name=..": ["name is '..'", "letters"],
-    "rollout.temperature=0": ["rollout.temperature is 0", "above 0"],
-    "rollout.top_p=0.95": ["rollout.top_p is 0.95", "1.0"],
-    "rollout.stop_token_ids=[]": ["rollout.stop_token_ids is []", "null"],
-    "evaluation.temperature=-1": ["evaluation.temperature is -1", "0 (greedy)"],
-    "distill.phases.rho0=1.5": ["distill.phases.rho0 is 1.5", "0 to 1"],
-    "distill.phases.hold_frac=0.9": ["hold_frac 0.9", "end_frac 0.4", "<="],
-    "distill.gate.eps=small": ["distill.gate.eps is 'small'", "'auto'"],
-    "distill.gate.eps=-1e-3": ["distill.gate.eps is -0.001", "'auto'"],
-    "distill.gate.lambda_high=0": ["lambda_high 0", "above 0"],
-    "parallel.pipeline_model_parallel_size=2": ["pipeline_model_parallel_size is 2", "1"],
-}
-BAD_COMBINATIONS = {
-    "model.teacher.hf_path=null": ["'sg_opd'", "model.teacher.hf_path", "null"],
-    "distill.method=grpd rollout.n=1": ["'grpd'", "rollout.n is 1", "2 or more"],
-    "distill.method=grpo": ["distill.phases.enabled", "'grpo'", "phases.enabled=false"],
-    "distill.method=sft distill.phases.enabled=false model.reference.hf_path=m": [
-        "model.reference.hf_path",
-        "'sft'",
-        "null",
-    ],
-    "distill.method=sft distill.phases.enabled=false rollout.tis=token": [
-        "rollout.tis is 'token'",
-        "sft",
-        "none",
-    ],
-    "distill.method=exopd distill.lambda_uniform=0": ["lambda_uniform is 0", "above 0"],
-    "distill.estimator=full_vocab distill.adv_clip=5": ["distill.adv_clip", "full_vocab", "null"],
-    "distill.ppo_epochs=2": ["distill.ppo_epochs is 2", "1 is what there is"],
-    "distill.gate.conflict=interpolate": ["'interpolate'", "lambda_low 1.0", "between 0 and 1"],
-    "distill.gate.lambda_low=0.5": ["'plain'", "lambda_low 0.5", "'interpolate'"],
-    "distill.estimator=full_vocab distill.gate.forbid_sign_flip=true": [
-        "forbid_sign_flip",
-        "sampled",
-    ],
-    "distill.gate.full_vocab_mode=candidate": ["'candidate'", "estimator=full_vocab"],
-    "distill.estimator=full_vocab distill.gate.full_vocab_mode=candidate "
-    "distill.gate.teacher_signal=t_minus_r": ["'candidate'", "t_minus_s"],
-    "model.transformer_impl=transformer_engine": ["transformer_engine", "[gpu]", "'local'"],
-}
 
 
 @pytest.mark.parametrize("override", [*BAD_NAMES, *BAD_TYPES])
@@ -164,45 +56,6 @@ def test_a_value_that_cannot_be_is_refused_with_the_remedy(
     message = refusal(tmp_path, GOOD, *overrides.split())
     for part in (BAD_RANGES | BAD_COMBINATIONS)[overrides]:
         assert part in message
-
-
-# Recipes that are refused, and what the message must hold.
-BAD_FILES = {
-    "unknown key": (
-        GOOD + "  top_k: 5\n",
-        ["RECIPE:11: unknown key 'rollout.top_k'", "nearest valid key is 'rollout.top_p'"],
-    ),
-    "wrong type": (GOOD + "  n: many\n", ["RECIPE:11:", "'rollout.n'", "'many'", "int"]),
-    "number as name": (GOOD.replace("example", "17"), ["RECIPE:1:", "'name'", "17", "quote it"]),
-    "duplicate key": (GOOD + "  num_prompts: 9\n", ["RECIPE, line 11", "'num_prompts'", "twice"]),
-    "duplicate section": (GOOD + "data:\n  shuffle: true\n", ["line 11", "'data'", "twice"]),
-    "section set to a value": (GOOD + "optimizer: adam\n", ["RECIPE:11:", "'optimizer'", "lr"]),
-    "value set to a section": (GOOD + "  n:\n    per_step: 3\n", ["'rollout.n.per_step'", ":12:"]),
-    "number as key": (GOOD + "3: 4\n", ["RECIPE:11:", "unknown key '3'"]),
-    "boolean as key": (GOOD + "on: 4\n", ["RECIPE:11:", "unknown key 'on'"]),
-    "list as key": (GOOD + "[1, 2]: 4\n", ["RECIPE, line 11: a key must be a word"]),
-    "merge key": (GOOD + "  <<: {n: 3}\n", ["RECIPE:11:", "unknown key 'rollout.<<"]),
-    "a value in itself": ("&a\n" + GOOD + "logging: *a\n", ["RECIPE:1: not YAML", "recursive"]),
-    "a section in itself": (
-        GOOD + "logging: &a\n  run_dir: *a\n",
-        ["RECIPE:11: not YAML", "recursive"],
-    ),
-    "tab": (GOOD + "optimizer:\n\tlr: 1e-4\n", ["RECIPE:12: not YAML", "\\t"]),
-    "open bracket": (GOOD + "  stop_token_ids: [1, 2\n", ["RECIPE:12: not YAML"]),
-    "two documents": (GOOD + "---\nname: b\n", ["RECIPE:11: not YAML"]),
-    "a tag": (
-        GOOD + "  n: !!python/object:os.system 3\n",
-        ["RECIPE:11: not YAML", "python/object"],
-    ),
-    "a control character": (GOOD + "  n: \x01\n", ["RECIPE", "not YAML"]),
-    "list": ("- name: a\n", ["RECIPE holds list", "mapping"]),
-    "empty": ("", ["RECIPE holds NoneType", "mapping"]),
-    "nothing set": ("num_steps: 3\n", ["data.train, model.student.hf_path, name must be set"]),
-    "missing name": (
-        GOOD.replace("name: example\n", ""),
-        ["RECIPE: name must be set", "key=value"],
-    ),
-}
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -251,6 +104,14 @@ def test_strings_that_look_like_something_else_stay_strings(tmp_path: Path):
     assert load(tmp_path, GOOD, "data.prompt_suffix=a=b").data.prompt_suffix == "a=b"
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0.0), ("2", 2.0), ("0.5", 0.5), ("auto", "auto")]
+)
+def test_a_tie_width_is_a_number_of_any_kind_or_auto(tmp_path: Path, text: str, value: object):
+    eps = resolve(load(tmp_path, GOOD, f"distill.gate.eps={text}")).distill.gate.eps
+    assert (eps, type(eps)) == (value, type(value))
+
+
 def test_overrides_are_applied_in_order_over_the_recipe(tmp_path: Path):
     config = load(tmp_path, GOOD, "rollout.num_prompts=16", "rollout.num_prompts=24", "seed=7")
     assert (config.rollout.num_prompts, config.seed, config.num_steps) == (24, 7, 100)
@@ -290,6 +151,7 @@ def test_every_recipe_resolves_and_comes_back_from_yaml(path: Path, tmp_path: Pa
     assert diff(resolved, config).keys() <= {
         "parallel.data_parallel_size",
         "rollout.tis",
+        "evaluation.max_new_tokens",
         "logging.run_dir",
     }
 
@@ -385,10 +247,35 @@ def test_a_world_that_the_layout_does_not_fill_is_refused(tmp_path: Path, dp: ob
         resolve(config, world)
 
 
+@pytest.mark.parametrize(
+    ("method", "estimator", "tis"),
+    [("grpo", "full_vocab", "token"), ("sft", "sampled", "none"), ("sft", "full_vocab", "none")],
+)
+def test_tis_of_methods_without_a_teacher(tmp_path: Path, method: str, estimator: str, tis: str):
+    overrides = (f"distill.method={method}", f"distill.estimator={estimator}")
+    config = load(tmp_path, GOOD, *overrides, "distill.phases.enabled=false")
+    assert resolve(config).rollout.tis == tis
+
+
+@pytest.mark.parametrize(("given", "resolved"), [("null", 40), ("9", 9)])
+def test_an_evaluation_may_answer_as_long_as_a_rollout(tmp_path: Path, given: str, resolved: int):
+    overrides = ("rollout.max_new_tokens=40", f"evaluation.max_new_tokens={given}")
+    assert resolve(load(tmp_path, GOOD, *overrides)).evaluation.max_new_tokens == resolved
+
+
+@pytest.mark.parametrize("signal", ["group_norm", "mean_only", "sign"])
+def test_a_gate_works_without_groups(tmp_path: Path, signal: str):
+    overrides = ("rollout.n=1", f"distill.gate.verifier_signal={signal}")
+    assert list(problems(load(tmp_path, GOOD, *overrides))) == []
+
+
 def test_prompts_are_shared_equally(tmp_path: Path):
     config = load(tmp_path, GOOD, "rollout.num_prompts=10")
     assert resolve(config, 5).rollout.num_prompts == 10
-    with pytest.raises(ConfigError, match=r"rollout\.num_prompts is 10, which 4 .* multiple of 4"):
+    with pytest.raises(
+        ConfigError,
+        match=r"rollout\.num_prompts is 10, which 4 .*data_parallel_size.* multiple of 4",
+    ):
         resolve(config, 4)
 
 

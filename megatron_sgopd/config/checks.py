@@ -75,6 +75,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _sampling(config)
     yield from _method(config)
     yield from _gate(config)
+    yield from _evaluation(config)
     yield from _optimizer(config)
     yield from _parallel(config)
 
@@ -98,17 +99,22 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     if rollout.num_prompts % dp:
         raise ConfigError(
             f"rollout.num_prompts is {rollout.num_prompts}, which {dp} data-parallel replicas "
-            f"cannot share equally: use a multiple of {dp}"
+            f"(parallel.data_parallel_size) cannot share equally: use a multiple of {dp}"
         )
     _check_models(config)
     tis = rollout.tis
     if tis == "auto":
-        sampled = config.distill.estimator == "sampled" and config.distill.method != "sft"
-        tis = "token" if sampled else "none"
+        method = config.distill.method  # grpo has no teacher whose whole vocabulary it could read
+        sampled = method == "grpo" or config.distill.estimator == "sampled"
+        tis = "token" if sampled and method != "sft" else "none"
     return replace(
         config,
         parallel=replace(parallel, data_parallel_size=dp),
         rollout=replace(rollout, tis=tis),
+        evaluation=replace(
+            config.evaluation,
+            max_new_tokens=config.evaluation.max_new_tokens or rollout.max_new_tokens,
+        ),
         logging=replace(config.logging, run_dir=config.logging.run_dir or f"runs/{config.name}"),
     )
 
@@ -147,6 +153,8 @@ def _sampling(config: Config) -> Iterator[str]:
         yield f"evaluation.temperature is {config.evaluation.temperature}; 0 (greedy) or above"
     if rollout.stop_token_ids is not None and not rollout.stop_token_ids:
         yield "rollout.stop_token_ids is []; leave it null for the tokenizer's EOS, or name ids"
+    if min(rollout.stop_token_ids or [0]) < 0:
+        yield f"rollout.stop_token_ids is {rollout.stop_token_ids}; token ids count from 0"
     if rollout.tis == "token" and config.distill.method == "sft":
         yield "rollout.tis is 'token' with method sft, whose tokens no engine sampled: set none"
 
@@ -194,8 +202,26 @@ def _gate(config: Config) -> Iterator[str]:
             yield f"distill.gate.eps is {gate.eps!r}; 'auto' or a number from 0 on"
     elif gate.eps < 0:
         yield f"distill.gate.eps is {gate.eps}; 'auto' or a number from 0 on"
-    if distill.method != "sg_opd":
-        return
+    if distill.estimator == "full_vocab" and gate.forbid_sign_flip:
+        yield "distill.gate.forbid_sign_flip reads the sampled advantage; use estimator sampled"
+    if gate.full_vocab_mode == "candidate":
+        if distill.method != "sg_opd" or distill.estimator != "full_vocab":
+            yield (
+                f"distill.gate.full_vocab_mode is 'candidate' with distill.method "
+                f"{distill.method!r} and estimator {distill.estimator!r}; it needs sg_opd with "
+                "full_vocab: change them, or set it to row"
+            )
+        if gate.teacher_signal != "t_minus_s" or gate.conflict not in ("plain", "interpolate"):
+            yield (
+                "distill.gate.full_vocab_mode 'candidate' gates T - S with lambda_high and "
+                "lambda_low: use teacher_signal t_minus_s and conflict plain or interpolate"
+            )
+    if distill.method == "sg_opd":
+        yield from _lambdas(config)
+
+
+def _lambdas(config: Config) -> Iterator[str]:
+    gate = config.distill.gate
     if gate.lambda_high <= 0 or gate.lambda_low < 0:
         yield (
             f"distill.gate has lambda_high {gate.lambda_high} and lambda_low {gate.lambda_low}; "
@@ -211,16 +237,20 @@ def _gate(config: Config) -> Iterator[str]:
             f"distill.gate.conflict is {gate.conflict!r} and lambda_low {gate.lambda_low}; only "
             "'interpolate' takes another lambda_low than 1.0"
         )
-    if distill.estimator == "full_vocab" and gate.forbid_sign_flip:
-        yield "distill.gate.forbid_sign_flip reads the sampled advantage; use estimator sampled"
-    if gate.full_vocab_mode == "candidate":
-        if distill.estimator != "full_vocab":
-            yield "distill.gate.full_vocab_mode 'candidate' needs distill.estimator=full_vocab"
-        if gate.teacher_signal != "t_minus_s" or gate.conflict not in ("plain", "interpolate"):
-            yield (
-                "distill.gate.full_vocab_mode 'candidate' gates T - S with lambda_high and "
-                "lambda_low: use teacher_signal t_minus_s and conflict plain or interpolate"
-            )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    e, name = config.evaluation, config.verifier.name
+    if e.every and not (e.data or e.during_data):
+        yield (
+            f"evaluation.every is {e.every} and there is nothing to evaluate on: set "
+            "evaluation.during_data or evaluation.data, or evaluation.every=0"
+        )
+    if name != "math_verify" and "." not in name.strip("."):
+        yield (
+            f"verifier.name is {name!r}; 'math_verify', or the dotted path "
+            "package.module.function of a function (completion, answer)"
+        )
 
 
 def _optimizer(config: Config) -> Iterator[str]:

@@ -24,10 +24,11 @@ from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import Config
 
 MISSING = "???"
+MAX_INT = 2**63 - 1
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (1e-5 is one), keys as they are written, and none of them twice."""
+    """YAML 1.2's numbers, keys as they are written, and none of them twice."""
 
     def construct_document(self, node: Any) -> Any:
         self.deep_construct = True  # a value that holds itself is an error
@@ -48,11 +49,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$|^[-+]?\.\d+([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
+# YAML 1.1 takes 1e-5 for a word, 010 for 8 and 1:30 for 90.
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][\d_]*)$",
+    "tag:yaml.org,2002:float": (
+        r"([-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
+        r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789."))
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -65,8 +75,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     lines = _key_lines(Path(recipe))
     settings = [(key, value, f"{recipe}:{lines[key]}") for key, value in _leaves(tree)]
     settings += [(*_parse_override(text), f"override {text!r}") for text in overrides]
-    for key, value, where in settings:
-        _check_setting(key, value, where)
+    settings = [(key, _checked(key, value, where), where) for key, value, where in settings]
     config = OmegaConf.merge(OmegaConf.structured(Config), _tree(settings))
     _check_missing(config, str(recipe))
     built = OmegaConf.to_object(config)
@@ -191,21 +200,28 @@ SECTIONS = sorted({key.rsplit(".", 1)[0] for key in KEYS if "." in key})
 _MAPPINGS = frozenset(key for key, hint in KEYS.items() if str(hint).startswith("dict"))
 
 
-def _check_setting(key: str, value: Any, where: str) -> None:
+def _checked(key: str, value: Any, where: str) -> Any:
+    """The value as its field holds it; ConfigError where the field cannot."""
     if value == {} and key in SECTIONS:
-        return
+        return value
     parent = key.rpartition(".")[0]
     if key not in KEYS and parent not in _MAPPINGS:
         raise ConfigError(f"{where}: {_unknown(key)}")
     hint = KEYS[key] if key in KEYS else get_args(KEYS[parent])[1]
     if isinstance(value, str) and "${" in value:
         raise ConfigError(f"{where}: {key!r} holds an interpolation {value!r}; write the value")
+    if value == MISSING:
+        raise ConfigError(f"{where}: {key!r} is {value!r}, which is no value; write one")
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        raise ConfigError(f"{where}: {key!r} is {value}; at most {MAX_INT} fits")
     if not _fits(value, hint):
         quote = "; quote it" if _fits("text", hint) and not isinstance(value, list | dict) else ""
         raise ConfigError(
             f"{where}: {key!r} is {value!r} ({type(value).__name__}); "
             f"allowed: {_allowed(hint)}{quote}"
         )
+    takes_float = float in (hint, *get_args(hint))
+    return float(value) if type(value) is int and takes_float else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
