@@ -40,7 +40,10 @@ def reduced_means(
     order = sorted(names)
     zero = torch.zeros((), device=device)
     flat = torch.stack(
-        [torch.stack([x.double() for x in sums.get(name, (zero, zero))]) for name in order]
+        [
+            torch.stack([x.to(device).double() for x in sums.get(name, (zero, zero))])
+            for name in order
+        ]
     )
     dist.all_reduce(flat, group=group)
     return {name: (s / n).item() for name, (s, n) in zip(order, flat, strict=True) if n.item() > 0}
