@@ -201,6 +201,7 @@ def assemble(config: Config) -> Run:
         solution_field=config.data.solution_field if config.distill.method == "sft" else None,
         min_difficulty=config.data.min_difficulty,
     )
+    prompts = render(problems, tokenizer, config.data, config.rollout.max_prompt_tokens)
     run = Run(
         config=config,
         dir=run_dir,
@@ -219,7 +220,7 @@ def assemble(config: Config) -> Run:
             tuple(stop_ids),
         ),
         stream=PromptStream(
-            render(problems, tokenizer, config.data, config.rollout.max_prompt_tokens),
+            prompts,
             seed=config.seed,
             shuffle=config.data.shuffle,
             num_prompts=config.rollout.num_prompts,
@@ -228,6 +229,11 @@ def assemble(config: Config) -> Run:
         writer=MetricsWriter(run_dir / "metrics.jsonl", state.step) if groups.rank == 0 else None,
         resumed=bool(checkpoints),
     )
+    if dropped := len(problems) - len(prompts):
+        run.say(
+            f"{config.name}: left out {dropped} of {len(problems)} prompts, which are longer than "
+            f"rollout.max_prompt_tokens {config.rollout.max_prompt_tokens}"
+        )
     if state.gate_eps is not None:
         run.set_gate_eps(state.gate_eps)
     run.set_status("running")

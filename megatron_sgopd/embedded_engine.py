@@ -5,13 +5,12 @@ replica's first rank gets all completions. A request's answer depends on its see
 alone: the same alone, in any batch, in any order, on any number of ranks (up to the last digit of
 the arithmetic).
 
-Shapes: B sequences of a batch, V the whole vocabulary.
+Shapes: B sequences of a batch, L the batch's longest prompt, V the whole vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,6 +22,9 @@ from transformers.cache_utils import DynamicCache
 from megatron_sgopd.types import Completion, Request
 
 COMPACT_BELOW = 0.75  # share of unfinished sequences below which the finished leave the batch
+# Sequences below which a CPU's decoding step costs much the same whatever the batch: so few are
+# padded together with their neighbours in length, more decode apart, without padding and mask.
+FULL_ON_CPU = 64
 
 
 class EmbeddedEngine:
@@ -40,13 +42,23 @@ class EmbeddedEngine:
         self.policy_version = -1  # no weights yet
         self._group, self._device, self._max_batch_size = group, device, max_batch_size
         self._max_positions = hf_config.max_position_embeddings
+        self._full = FULL_ON_CPU if device.type == "cpu" else max_batch_size
+        self._vocab_size = hf_config.vocab_size
+        # The type goes in here, not through .to(dtype): that would round the rotary frequencies
+        # too, and far positions would be wrong.
         self._model: Any = (
-            AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
-            .to(device=device, dtype=dtype)
+            AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
+            .to(device=device)
             .eval()
             .requires_grad_(False)
         )
         self._parameters: dict[str, Tensor] = dict(self._model.named_parameters())
+        # A tied head is no weight of its own, but some writers store it a second time.
+        self._tied: dict[str, Tensor] = {
+            name: parameter
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+            if name not in self._parameters
+        }
 
     @torch.no_grad()
     def push_weights(self, hf_weights: Iterable[tuple[str, Any]], policy_version: int) -> None:
@@ -55,26 +67,38 @@ class EmbeddedEngine:
         Raises:
             ValueError: a name that is unknown, missing or comes twice, or a shape that differs.
         """
-        waiting = set(self._parameters)
+        waiting = {*self._parameters, *self._tied}
+        problem = ""
         for name, tensor in hf_weights:
-            parameter = self._parameters.get(name)
-            if parameter is None:
-                raise ValueError(f"the engine's model has no weight {name!r}")
-            if name not in waiting:
-                raise ValueError(f"weight {name!r} came twice")
-            if tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"weight {name!r} has shape {tuple(tensor.shape)}, the engine's model has "
-                    f"{tuple(parameter.shape)}"
-                )
-            waiting.discard(name)
-            parameter.copy_(tensor)
-        if waiting:
+            # After a problem, too: the other ranks wait in the stream's collectives.
+            problem = problem or self._problem(name, tensor, waiting)
+            if not problem:
+                waiting.discard(name)
+                if name in self._parameters:
+                    self._parameters[name].copy_(tensor)
+        absent = waiting - set(self._tied)
+        if not problem and absent:
+            problem = f"weight {min(absent)!r} did not come ({len(absent)} are missing)"
+        if problem:
             raise ValueError(
-                f"weight {min(waiting)!r} did not come ({len(waiting)} are missing): the engine "
-                "holds a mixture of old and new weights and must not be used"
+                f"{problem}: the engine may hold a mixture of old and new weights and must not be "
+                "used"
             )
         self.policy_version = policy_version
+
+    def _problem(self, name: str, tensor: Tensor, waiting: set[str]) -> str:
+        """What is wrong with a weight of the stream; empty if nothing."""
+        parameter = self._parameters.get(name, self._tied.get(name))
+        if parameter is None:
+            return f"the engine's model has no weight {name!r}"
+        if name not in waiting:
+            return f"weight {name!r} came twice"
+        if tensor.shape != parameter.shape:
+            return (
+                f"weight {name!r} has shape {tuple(tensor.shape)}, the engine's model has "
+                f"{tuple(parameter.shape)}"
+            )
+        return ""
 
     def generate(
         self,
@@ -86,22 +110,19 @@ class EmbeddedEngine:
         Every rank passes the same requests. `progress(done, total)` counts this rank's share.
 
         Raises:
-            ValueError: a prompt that is empty, or too long for the model, naming the numbers.
+            ValueError: a prompt that is empty, too long for the model or beyond its vocabulary,
+                naming the numbers.
         """
         for request in requests:
             self._check(request)
         rank, size = (self._group.rank(), self._group.size()) if self._group else (0, 1)
-        # Equal prompt lengths decode together, without padding; dealing them out in that order
-        # gives every rank the same mixture.
+        # Dealing the requests out in the order of their lengths gives every rank the same mixture.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_token_ids))
         mine = order[rank::size]
         done: dict[int, Completion] = {}
-        for _, same in groupby(mine, key=lambda i: len(requests[i].prompt_token_ids)):
-            indices = list(same)
-            for start in range(0, len(indices), self._max_batch_size):
-                part = indices[start : start + self._max_batch_size]
-                done |= zip(part, self._decode([requests[i] for i in part]), strict=True)
-                progress(len(done), len(mine))
+        for part in self._batches(mine, [len(requests[i].prompt_token_ids) for i in mine]):
+            done |= zip(part, self._decode([requests[i] for i in part]), strict=True)
+            progress(len(done), len(mine))
         if size > 1:
             assert self._group is not None, "several ranks are a group"
             first = dist.get_global_rank(self._group, 0)
@@ -116,6 +137,21 @@ class EmbeddedEngine:
         """Frees the model; the engine cannot be used after it."""
         self._model, self._parameters = None, {}
 
+    def _batches(self, indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """Cuts indices, sorted by prompt length, into batches.
+
+        A batch ends at max_batch_size, or where the length changes once it is full.
+        """
+        batches: list[list[int]] = []
+        previous = -1
+        for index, length in zip(indices, lengths, strict=True):
+            limit = self._max_batch_size if length == previous else self._full
+            if not batches or len(batches[-1]) >= min(limit, self._max_batch_size):
+                batches.append([])
+            batches[-1].append(index)
+            previous = length
+        return batches
+
     def _check(self, request: Request) -> None:
         length = len(request.prompt_token_ids)
         if length == 0:
@@ -126,40 +162,85 @@ class EmbeddedEngine:
             raise ValueError(
                 f"a prompt of {length} tokens and {request.max_new_tokens} new ones exceed the "
                 f"model's {self._max_positions} positions (max_position_embeddings): lower "
-                "rollout.max_new_tokens or data's prompt length"
+                "rollout.max_new_tokens or rollout.max_prompt_tokens"
+            )
+        if max(request.prompt_token_ids) >= self._vocab_size:
+            raise ValueError(
+                f"a prompt has token id {max(request.prompt_token_ids)}, the model's vocabulary "
+                f"{self._vocab_size} rows: its tokenizer is not the model's"
             )
 
     @torch.no_grad()
     def _decode(self, requests: Sequence[Request]) -> list[Completion]:
-        """Decodes prompts of one length together."""
+        """Decodes prompts together, left-padded to the longest."""
         if all(r.max_new_tokens == 0 for r in requests):
             return [Completion((), (), "length", self.policy_version, r.seed) for r in requests]
         sampler = _Sampler(requests, self._device)
-        prompts = torch.tensor([r.prompt_token_ids for r in requests], device=self._device)
+        batch = _Batch(requests, self._device)
         cache = DynamicCache(config=self._model.config)
-        rows = torch.arange(len(requests), device=self._device)  # which request each row is
-        current, position = prompts, 0
         while True:
-            width = current.shape[1]
-            positions = torch.arange(position, position + width, device=self._device)[None]
             logits = self._model(
-                input_ids=current,
-                position_ids=positions.expand(len(rows), -1),
+                input_ids=batch.current,
+                attention_mask=batch.mask,
+                position_ids=batch.positions,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            position += width
-            tokens = sampler.step(logits, rows)
-            alive = ~sampler.finished[rows]
+            tokens = sampler.step(logits, batch.rows)
+            alive = ~sampler.finished[batch.rows]
             left = int(alive.sum())
             if left == 0:
                 return sampler.completions(self.policy_version)
-            current = tokens[:, None]
-            if left < COMPACT_BELOW * len(rows):
+            batch.append(tokens)
+            if left < COMPACT_BELOW * len(tokens):
                 keep = alive.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                rows, current = rows[keep], current[keep]
+                batch.select(keep)
+
+
+class _Batch:
+    """The model's inputs, step by step; every row ends in the same column."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+        prompts = [r.prompt_token_ids for r in requests]
+        longest = max(map(len, prompts))
+        padding = torch.tensor([longest - len(p) for p in prompts])[:, None]
+        columns = torch.arange(longest)
+        padded = [[0] * (longest - len(p)) + list(p) for p in prompts]
+        self.rows = torch.arange(len(requests), device=device)  # which request each row is, [B]
+        self.current = torch.tensor(padded, device=device)  # [B, L], then [B, 1]
+        self.positions = (columns - padding).clamp(min=0).to(device)  # as current
+        # True where a query may look, [B, 1, queries, keys]; None: the model's own causal mask,
+        # all that prompts of one length need. Written out here, the model need not build it anew
+        # in each step.
+        self.mask: Tensor | None = None
+        if padding.any():
+            steps = max(r.max_new_tokens for r in requests)
+            keys = torch.arange(longest + steps) >= padding
+            self.keys = keys.to(device)[:, None, None]  # [B, 1, 1, keys]: no padding
+            causal = columns[None] <= columns[:, None]
+            # A padding query looks at itself: some attention kernels give NaN without any key.
+            own = columns[None] == columns[:, None]
+            mask = causal & keys[:, None, None, :longest] | own
+            self.mask = mask.to(device)
+        self._width = longest
+
+    def append(self, tokens: Tensor) -> None:
+        """Goes on with the sampled tokens, [B]."""
+        self._width += 1
+        self.current = tokens[:, None]
+        self.positions = self.positions[:, -1:] + 1
+        if self.mask is not None:
+            self.mask = self.keys[..., : self._width]
+
+    def select(self, keep: Tensor) -> None:
+        """Keeps these rows; after `append`."""
+        self.rows, self.current = self.rows[keep], self.current[keep]
+        self.positions = self.positions[keep]
+        if self.mask is not None:
+            self.keys = self.keys[keep]
+            self.mask = self.keys[..., : self._width]
 
 
 class _Sampler:

@@ -80,19 +80,29 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow
         import pyarrow.parquet as parquet
 
+        number = 0
         try:
-            table = parquet.read_table(file)
+            # Batch by batch: the rows of a whole set with long solutions fill gigabytes.
+            with parquet.ParquetFile(file) as source:
+                for batch in source.iter_batches(batch_size=1024):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{file.name}:{number}", row
         except pyarrow.ArrowException as error:
             raise ValueError(f"{file} is not a readable Parquet file: {error}") from error
-        for i, row in enumerate(table.to_pylist()):
-            yield f"{file.name}:{i + 1}", row
     elif file.is_file():
         yield from _jsonl_rows(file)
-    elif path.count("/") == 1 and not path.startswith((".", "/")) and not file.suffix:
+    elif (
+        path.count("/") == 1
+        and not path.startswith((".", "/"))
+        and file.suffix not in (".jsonl", ".json", ".parquet")
+        and not file.exists()
+    ):
         yield from _hub_rows(path)
     else:
         raise ValueError(
-            f"{path} does not exist: give a .jsonl or .parquet file, or a hub data set OWNER/NAME"
+            f"{path} {'is no file' if file.exists() else 'does not exist'}: give a .jsonl or "
+            ".parquet file, or a hub data set OWNER/NAME"
         )
 
 
@@ -114,6 +124,8 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ValueError(
                     f"{where}: not JSON ({error.msg} at column {error.colno})"
                 ) from error
+            except (ValueError, RecursionError) as error:  # a number or nesting without measure
+                raise ValueError(f"{where}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a JSON object is wanted, got {type(row).__name__}")
             yield where, row
@@ -150,6 +162,8 @@ def _text(row: dict[str, Any], field: str, where: str, key: str) -> str:
     text = str(value)
     if not text.strip():
         raise ValueError(f"{where}: field {field!r} is empty")
+    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell it, no tokenizer takes it
+        raise ValueError(f"{where}: field {field!r} has half a surrogate pair, no Unicode text")
     return text
 
 
@@ -172,11 +186,18 @@ def render(
     """Prompts through the chat template; those over `max_prompt_tokens` are left out.
 
     Raises:
-        ValueError: no template or one that fails, no EOS token to end a solution with, or every
-            prompt is too long.
+        ValueError: no template or one that fails, template arguments that are not the recipe's to
+            set, no EOS token to end a solution with, or every prompt is too long.
     """
     from jinja2 import TemplateError  # here, so that reading problems does not load it
 
+    kwargs = config.chat_template_kwargs
+    fixed = sorted({"add_generation_prompt", "chat_template", "tokenize"} & set(kwargs))
+    if fixed:
+        raise ValueError(
+            f"data.chat_template_kwargs sets {fixed[0]}, which is fixed: leave it out (the "
+            "arguments are for the template itself, as enable_thinking is)"
+        )
     template = _template(tokenizer, config)
     prompts = []
     longest = 0
@@ -190,7 +211,7 @@ def render(
                 chat_template=template,
                 add_generation_prompt=True,
                 tokenize=False,
-                **config.chat_template_kwargs,
+                **kwargs,
             )
         except TemplateError as error:
             whose = "data.chat_template" if template else "the tokenizer's own"
@@ -231,14 +252,23 @@ def _template(tokenizer: Any, config: DataConfig) -> str | None:
 
 
 def stop_token_ids(tokenizer: Any, path: Path) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's EOS and those of generation_config.json."""
+    """The ids that end an answer, sorted: the EOS ids of the tokenizer and of a Hugging Face
+    directory's generation_config.json and config.json together.
+
+    Raises:
+        ValueError: there is none, or one of the files cannot be read.
+    """
     ids = set()
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
-    file = path / "generation_config.json"
-    if file.is_file():
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        ids |= {int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None}
+    for name in ("generation_config.json", "config.json"):
+        file = path / name
+        if file.is_file():
+            try:
+                eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+                ids |= {int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{file}: eos_token_id cannot be read ({error})") from error
     if not ids:
         raise ValueError(
             f"{path} names no end-of-sequence token: set rollout.stop_token_ids in the recipe"

@@ -166,17 +166,71 @@ def test_small_batches_are_the_same(
     assert_same(small.generate(MIXED), engines["untied"].generate(MIXED))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.01])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("share", [0.0, 1.01])
 def test_compaction_does_not_change_answers(
-    share: float, engines: dict[str, EmbeddedEngine], monkeypatch: pytest.MonkeyPatch
+    share: float,
+    padded: bool,
+    engines: dict[str, EmbeddedEngine],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one_length = [
-        replace(r, prompt_token_ids=(i % 37, 4), max_new_tokens=1 + i, stop_token_ids=(8,))
+    requests = [
+        replace(
+            r,
+            prompt_token_ids=(i % 37, *([4] * (1 + padded * (i % 3)))),
+            max_new_tokens=1 + i,
+            stop_token_ids=(8,),
+        )
         for i, r in enumerate(requests_of(16))
     ]
-    expected = engines["untied"].generate(one_length)
+    expected = [engines["untied"].generate([r])[0] for r in requests]
     monkeypatch.setattr(embedded_engine, "COMPACT_BELOW", share)
-    assert_same(engines["untied"].generate(one_length), expected)
+    assert_same(engines["untied"].generate(requests), expected)
+
+
+def test_padding_is_never_seen(
+    engines: dict[str, EmbeddedEngine], references: dict[str, Any]
+) -> None:
+    """A prompt of 1 token behind 199 columns of padding, and one of 200 without."""
+    rng = random.Random(4)
+    requests = [
+        Request(tuple(rng.randrange(37) for _ in range(n)), seed=n, max_new_tokens=4)
+        for n in (1, 200, 67)
+    ]
+    for request, completion in zip(requests, engines["untied"].generate(requests), strict=True):
+        logits = teacher_forced(references["untied"], request, completion.token_ids)
+        ids = torch.tensor(completion.token_ids)[:, None]
+        expected = logits.log_softmax(-1).gather(-1, ids)[:, 0]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("full", "max_batch_size", "ends"),
+    [
+        (1, 9, [2, 5, 6, 10]),  # a batch for each length
+        (3, 9, [5, 10]),  # too few are padded together with their neighbours
+        (4, 9, [5, 10]),
+        (9, 9, [9, 10]),
+        (1, 2, [2, 4, 5, 6, 8, 10]),  # never more than fit
+        (9, 3, [3, 6, 9, 10]),
+    ],
+)
+def test_batches_end_where_lengths_change(
+    full: int,
+    max_batch_size: int,
+    ends: list[int],
+    paths: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(embedded_engine, "FULL_ON_CPU", full)
+    engine = make_engine(str(paths["tied"]), max_batch_size=max_batch_size)
+    lengths = [1, 3, 2, 1, 2, 4, 4, 2, 4, 4]
+    done: list[int] = []
+    engine.generate(
+        [Request((5,) * n, seed=n, max_new_tokens=1) for n in lengths],
+        lambda count, total: done.append(count),
+    )
+    assert done == ends
 
 
 def test_seeds_make_the_answer(engines: dict[str, EmbeddedEngine]) -> None:
@@ -249,7 +303,7 @@ def test_no_requests_and_progress(engines: dict[str, EmbeddedEngine]) -> None:
     assert calls == []
     requests = [Request((1,) * n, seed=0, max_new_tokens=1) for n in (2, 1, 2)]
     engines["untied"].generate(requests, lambda *c: calls.append(c))
-    assert calls == [(1, 3), (3, 3)]
+    assert calls == [(3, 3)]
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -263,6 +317,9 @@ def test_prompts_that_cannot_be_answered(engines: dict[str, EmbeddedEngine]) -> 
         engine.generate([Request((1,) * 250, 0, 7)])
     (fits,) = engine.generate([Request((1,) * (room - 2), 0, 2)])
     assert len(fits.token_ids) == 2
+    with pytest.raises(ValueError, match=r"token id 37, the model's vocabulary 37 rows"):
+        engine.generate([Request((1, 37, 2), 0, 1)])
+    engine.generate([Request((36,), 0, 1)])
 
 
 @pytest.mark.parametrize(
@@ -280,11 +337,30 @@ def test_a_spoilt_stream_is_refused_by_name(
 ) -> None:
     engine = make_engine(str(paths["untied"]))
     stream = model_cases.spoilt(iter_safetensors(paths["untied"]), case)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="must not be used") as error:
         engine.push_weights(stream, 2)
     assert message in str(error.value)
     assert case.split()[1] in str(error.value)
     assert engine.policy_version == 1
+    assert next(stream, None) is None  # read to its end: the stream is collective
+
+
+def test_a_tied_head_may_come_a_second_time(paths: dict[str, Path]) -> None:
+    head = torch.zeros(53, 64)
+
+    def stream(*extra: tuple[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield from iter_safetensors(paths["tied"])
+        yield from extra
+
+    request = Request((1, 2), seed=5, max_new_tokens=8)
+    engine = make_engine(str(paths["tied"]))
+    (expected,) = engine.generate([request])
+    engine.push_weights(stream(("lm_head.weight", head)), 1)
+    assert_same(engine.generate([request]), [expected])  # the embedding is the head
+    with pytest.raises(ValueError, match=r"'lm_head.weight' has shape \(52, 64\)"):
+        engine.push_weights(stream(("lm_head.weight", head[1:])), 2)
+    with pytest.raises(ValueError, match=r"'lm_head.weight' came twice"):
+        engine.push_weights(stream(*[("lm_head.weight", head)] * 2), 2)
 
 
 def test_the_policy_version_is_that_of_the_weights(paths: dict[str, Path]) -> None:
@@ -309,3 +385,8 @@ def test_weights_are_cast_to_the_engines_type(paths: dict[str, Path]) -> None:
     (completion,) = engine.generate([Request((1, 2), seed=5, max_new_tokens=8)])
     assert len(completion.logprobs) == 8
     assert all(-20 < x < 0 for x in completion.logprobs)
+    # The rotary frequencies are no weights: rounded, they would turn far positions by radians.
+    model = AutoModelForCausalLM.from_pretrained(paths["untied"], dtype=torch.bfloat16).model
+    mine = engine._model.model
+    assert torch.equal(mine.rotary_emb.inv_freq, model.rotary_emb.inv_freq)
+    assert mine.norm.weight.dtype == torch.bfloat16

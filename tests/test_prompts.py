@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as arrow
@@ -95,6 +97,9 @@ GOOD = {"id": "a", "problem": "1+1=", "answer": "2"}
         (b'{"problem": ["x"], "answer": "2"}', ["data.jsonl:2", "'problem' is list"]),
         (b'{"id": "a", "problem": "y", "answer": "2"}', ["data.jsonl:2", "'a'", "data.jsonl:1"]),
         (b'{"problem": "\xff", "answer": "2"}', ["data.jsonl:2", "not UTF-8", "byte 13"]),
+        (b'{"problem": "\\ud83d", "answer": "2"}', ["data.jsonl:2", "'problem'", "surrogate"]),
+        (b'{"problem": "x", "answer": ' + b"9" * 5000 + b"}", ["data.jsonl:2", "not JSON"]),
+        (b"[" * 100_000, ["data.jsonl:2", "not JSON", "recursion"]),
     ],
 )
 def test_a_broken_row_is_named_by_file_line_and_field(
@@ -164,6 +169,18 @@ def test_parquet_gives_the_same_problems_as_jsonl(tmp_path: Path) -> None:
     assert load(tmp_path / "d.parquet") == load(jsonl(tmp_path / "d.jsonl", *rows))
 
 
+def test_parquet_rows_are_counted_beyond_a_batch(tmp_path: Path) -> None:
+    rows = [{"problem": f"{i}=", "answer": str(i)} for i in range(2500)]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    problems = load(tmp_path / "d.parquet")
+    assert [p.answer for p in problems] == [str(i) for i in range(2500)]
+    assert problems[-1].id == "d.parquet:2500"
+    rows[2077]["answer"] = ""
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet:2078: field 'answer' is empty"):
+        load(tmp_path / "d.parquet")
+
+
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(ValueError, match=r"d\.parquet.*not a readable Parquet file"):
@@ -177,6 +194,34 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"does not exist: give a \.jsonl or \.parquet file"):
         load(tmp_path / name)
+
+
+def test_a_folder_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"data/train is no file: give a \.jsonl"):
+        load("data/train")
+
+
+@pytest.mark.parametrize("name", ["owner/set", "owner/set-v1.5"])
+def test_hub_data_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
+        asked.append((name, split))
+        return [{"problem": "1+1=", "answer": "2"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load(name) == [Problem(f"{name}:1", "1+1=", "2")]
+    assert asked == [(name, "train")]
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **k: 1 / 0)
+    )
+    with pytest.raises(ValueError, match=r"could not be had from the hub \(ZeroDivisionError"):
+        load(name)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    with pytest.raises(ValueError, match="needs the `datasets` package: pip install datasets"):
+        load(name)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -214,6 +259,12 @@ def test_a_broken_template_is_the_users_error(tokenizer: Any) -> None:
         one(tokenizer, chat_template="{% for m in messages %}")
     with pytest.raises(ValueError, match=r"chat template.*system role not supported"):
         one(tokenizer, chat_template="{{ raise_exception('system role not supported') }}")
+
+
+@pytest.mark.parametrize("key", ["tokenize", "add_generation_prompt", "chat_template"])
+def test_template_arguments_that_are_fixed(tokenizer: Any, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.chat_template_kwargs sets {key}, which is fixed"):
+        one(tokenizer, chat_template_kwargs={key: False})
 
 
 @pytest.mark.parametrize("from_recipe", [False, True])
@@ -292,6 +343,20 @@ def test_stop_ids_are_the_union(
         (tmp_path / "generation_config.json").write_text(json.dumps(content))
     wanted = sorted(tokenizer.convert_tokens_to_ids(expected))
     assert stop_token_ids(tokenizer, tmp_path) == tuple(wanted)
+
+
+def test_stop_ids_of_both_files(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
+    assert stop_token_ids(tokenizer, tmp_path) == (9, tokenizer.eos_token_id)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 9]}')
+    assert stop_token_ids(tokenizer, tmp_path) == (4, 9, tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("content", ["{broken", '{"eos_token_id": ["x"]}', "[1]"])
+def test_unreadable_stop_ids_are_named(tmp_path: Path, tokenizer: Any, content: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id cannot be read"):
+        stop_token_ids(tokenizer, tmp_path)
 
 
 def test_no_stop_id_at_all(tmp_path: Path) -> None:
