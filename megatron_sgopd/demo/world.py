@@ -41,10 +41,10 @@ LEVELS = {"normal": Level(4, 6), "hard": Level(6, 8)}
 class WorldSizes:
     """Rows per file. The student's rows are read in order: the noisy ones, then the terse ones."""
 
-    train: int = 960  # 30 steps of 32 prompts: no problem is seen twice
+    train: int = 1280  # 40 steps of 32 prompts: no problem is seen twice
     dev: int = 100
     test: int = 200
-    teacher: int = 64 * 300
+    teacher: int = 64 * 450
     student_noisy: int = 64 * 380
     student_terse: int = 64 * 80
 
