@@ -8,6 +8,7 @@ Layout: RUN_DIR/checkpoints/step-00000050/
 
 from __future__ import annotations
 
+import queue
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_sgopd.student import Student
 
@@ -56,6 +58,9 @@ def save_checkpoint(run_dir: Path, student: Student, state: TrainState, keep: in
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
+    # Megatron would start a manager process for this queue, seconds of imports that outlive a rank
+    # which is killed. A synchronous save puts and gets in this process: a plain queue will do.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(_sharded(student, state, is_loading=False), str(temporary))
     dist.barrier()  # every rank's shards are on disk before the name says so
     if dist.get_rank() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def run(recipe: str, overrides: Sequence[str], fault: tuple[str, int] | None = N
     except PlannedFault:
         return "died"
     finally:
+        assert not multiprocessing.active_children(), "a run leaves no process behind"
         Run.log = plain_log  # type: ignore[method-assign]
         shutdown()
         dist.barrier()
