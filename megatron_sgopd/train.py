@@ -157,6 +157,9 @@ def finish(run: Run, seconds: float) -> None:
             "steps": state.step,
             "seconds": round(seconds, 1),
             "seed": config.seed,
+            "seeds": [config.seed],
+            "initial_avg_at_k": initial_avg_at_k(run.dir),
+            "teacher_avg_at_k": None,  # a run does not evaluate its teacher
             "engine": config.rollout.engine,
             "engine_version": versions()["transformers"],
             "versions": versions(),
@@ -166,6 +169,15 @@ def finish(run: Run, seconds: float) -> None:
         (run.dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     run.set_status("finished")
     run.close()
+
+
+def initial_avg_at_k(run_dir: Path) -> float | None:
+    """Of the student before, where `evaluation.at_start` left its records."""
+    path = run_dir / "evaluation" / "start.jsonl"
+    if not path.is_file():
+        return None
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return float(summarize(records)["avg_at_k"])
 
 
 def due(step: int, every: int) -> bool:

@@ -75,7 +75,9 @@ def run(pool: Any, recipe: str, settings: list[str], fault: Any = None) -> list[
 
 
 def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Path) -> None:
-    settings = overrides(world, tmp_path / "run", "checkpoint.at_end=true")
+    settings = overrides(
+        world, tmp_path / "run", "checkpoint.at_end=true", "evaluation.at_start=true"
+    )
     assert run(pool, "sg_opd", settings) == ["finished"] * 2
     folder = tmp_path / "run"
     assert (folder / "status").read_text() == "finished\n"
@@ -99,6 +101,9 @@ def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Pat
     assert len(records) == SIZES.test
     correct = sum(sum(r["is_correct"]) for r in records)
     assert summary["avg_at_k"] == pytest.approx(correct / (2 * SIZES.test))
+    before = [json.loads(x) for x in (folder / "evaluation/start.jsonl").read_text().splitlines()]
+    assert summary["initial_avg_at_k"] == sum(sum(r["is_correct"]) for r in before) / 12
+    assert summary["seeds"] == [42]
     # The measured tie width is in the resolved recipe, which loads again.
     written = load_config(folder / "config.yaml")
     assert isinstance(written.distill.gate.eps, float)
