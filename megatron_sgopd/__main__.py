@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_sgopd.config.checks import resolve
 from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.layout import replica_size
 from megatron_sgopd.config.load import diff, load_config, to_yaml
 from megatron_sgopd.config.schema import Config
 
@@ -65,11 +66,8 @@ def train(arguments: argparse.Namespace) -> int:
             "logging.run_dir to run it again"
         )
         return 0
-    parallel = resolved.parallel
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    ranks *= parallel.data_parallel_size or 1
     return run_ranks(
-        ranks,
+        replica_size(resolved.parallel) * (resolved.parallel.data_parallel_size or 1),
         ["train", arguments.recipe, *arguments.overrides],
         run_dir,
     )

@@ -21,10 +21,9 @@ from megatron_sgopd.config.schema import Config
 from megatron_sgopd.embedded_engine import EmbeddedEngine
 from megatron_sgopd.frozen import Frozen
 from megatron_sgopd.hf_files import read_hf_config, resolve_hf_dir
-from megatron_sgopd.hf_weights import init_random_weights, iter_hf_weights, load_hf_weights
+from megatron_sgopd.hf_weights import iter_hf_weights
 from megatron_sgopd.loss import Objective
 from megatron_sgopd.metrics import MetricsWriter
-from megatron_sgopd.model import DistillationGPTModel, build_model
 from megatron_sgopd.parallel import Groups, initialize
 from megatron_sgopd.prompts import (
     PromptStream,
@@ -34,13 +33,28 @@ from megatron_sgopd.prompts import (
     share,
     stop_token_ids,
 )
+from megatron_sgopd.roles import load_reference, load_student, load_teacher
 from megatron_sgopd.rollout import Sampler
 from megatron_sgopd.student import Student, make_student
 from megatron_sgopd.types import Prompt, Rollout
 from megatron_sgopd.verifier import VerifierPool
 
 # What may change between a run and its resumption without making it another run.
-RESUMABLE = ("num_steps", "logging.", "checkpoint.", "evaluation.", "verifier.", "parallel.distrib")
+RESUMABLE = (
+    "num_steps",
+    "logging.",
+    "checkpoint.",
+    "evaluation.",
+    "verifier.",
+    "parallel.distrib",
+    # Another way to the same sums: what somebody changes who ran out of memory.
+    "parallel.micro_batch",
+    "parallel.recompute",
+    "parallel.hidden_states",
+    "model.teacher.offload",
+    "model.reference.offload",
+    "optimizer.offload",
+)
 
 
 @dataclass
@@ -103,7 +117,8 @@ class Run:
             assert self.teacher is not None, "phased teacher sampling has a teacher"
             path = resolve_hf_dir(self.config.model.teacher.hf_path or "")
             self.teacher_engine = _engine(read_hf_config(path), self.config, self.groups)
-            self.teacher_engine.push_weights(iter_hf_weights(self.teacher.module, self.groups), 0)
+            with self.teacher.at_hand():
+                self.teacher_engine.push_weights(iter_hf_weights(self.teacher.model), 0)
         return self.teacher_engine
 
     def close_teacher_engine(self) -> None:
@@ -178,12 +193,10 @@ def assemble(config: Config) -> Run:
     verifier = _verifier(config) if groups.is_replica_first_rank else None
 
     objective = Objective.of(config, eps=0.0)
-    module = _student_weights(config, groups, trainable=True)
-    teacher = _teacher(config, groups, hf_config) if objective.needs_teacher else None
-    reference = None
-    if objective.needs_reference:
-        reference = Frozen(_reference_weights(config, groups), groups)
-    student = make_student(module, config, groups)
+    model = load_student(config, groups, trainable=True)
+    teacher = load_teacher(config, groups, hf_config) if objective.needs_teacher else None
+    reference = load_reference(config, groups) if objective.needs_reference else None
+    student = make_student(model, config)
 
     state = TrainState(world_size=groups.world_size, seed=config.seed, name=config.name)
     if config.distill.gate.eps != "auto":
@@ -193,7 +206,7 @@ def assemble(config: Config) -> Run:
     engine = None
     if config.distill.method != "sft" or config.evaluation.data:
         engine = _engine(hf_config, config, groups)
-        engine.push_weights(iter_hf_weights(module, groups), state.policy_version)
+        engine.push_weights(iter_hf_weights(model), state.policy_version)
     problems = load_problems(
         config.data.train,
         problem_field=config.data.problem_field,
@@ -285,59 +298,6 @@ def _check_same_run(config: Config, before: Config, run_dir: Path) -> None:
             f"{run_dir} holds checkpoints of a run with other settings ({listed}): set them back "
             "to resume it, or choose another name or logging.run_dir"
         )
-
-
-def _build(path: Path, config: Config, groups: Groups, *, trainable: bool) -> DistillationGPTModel:
-    return build_model(
-        read_hf_config(path),
-        groups,
-        dtype=getattr(torch, config.model.dtype),
-        transformer_impl=config.model.transformer_impl,
-        make_vocab_size_divisible_by=config.parallel.make_vocab_size_divisible_by,
-        trainable=trainable,
-    )
-
-
-def _student_weights(config: Config, groups: Groups, *, trainable: bool) -> DistillationGPTModel:
-    path = resolve_hf_dir(config.model.student.hf_path)
-    module = _build(path, config, groups, trainable=trainable)
-    if config.model.student.random_init:
-        init_random_weights(module, config.seed, groups)
-    else:
-        load_hf_weights(module, path, groups)
-    return module
-
-
-def _reference_weights(config: Config, groups: Groups) -> DistillationGPTModel:
-    """The student's initial weights, or any directory of the same vocabulary."""
-    if config.model.reference.hf_path is None:
-        return _student_weights(config, groups, trainable=False)
-    path = resolve_hf_dir(config.model.reference.hf_path)
-    module = _build(path, config, groups, trainable=False)
-    load_hf_weights(module, path, groups)
-    return module
-
-
-def _teacher(config: Config, groups: Groups, student_config: Any) -> Frozen:
-    path = resolve_hf_dir(config.model.teacher.hf_path or "")
-    teacher_config = read_hf_config(path)
-    if teacher_config.vocab_size != student_config.vocab_size:
-        raise ValueError(
-            f"the teacher's vocabulary has {teacher_config.vocab_size} rows and the student's "
-            f"{student_config.vocab_size}: both must share one tokenizer and one vocab_size"
-        )
-    ours, theirs = (
-        load_tokenizer(p).get_vocab() for p in (resolve_hf_dir(config.model.student.hf_path), path)
-    )
-    if ours != theirs:
-        odd = sorted(set(ours.items()) ^ set(theirs.items()))[0]
-        raise ValueError(
-            f"student and teacher have different tokenizers (for example {odd[0]!r}): token "
-            "log-probs cannot be compared; use a teacher of the student's tokenizer"
-        )
-    module = _build(path, config, groups, trainable=False)
-    load_hf_weights(module, path, groups)
-    return Frozen(module, groups)
 
 
 def _engine(hf_config: Any, config: Config, groups: Groups) -> EmbeddedEngine:

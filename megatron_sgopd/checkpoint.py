@@ -61,7 +61,8 @@ def save_checkpoint(run_dir: Path, student: Student, state: TrainState, keep: in
     # Megatron would start a manager process for this queue, seconds of imports that outlive a rank
     # which is killed. A synchronous save puts and gets in this process: a plain queue will do.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_sharded(student, state, is_loading=False), str(temporary))
+    with student.optimizer_at_hand():
+        dist_checkpointing.save(_sharded(student, state, is_loading=False), str(temporary))
     dist.barrier()  # every rank's shards are on disk before the name says so
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -92,9 +93,13 @@ def load_checkpoint(path: Path, student: Student, *, seed: int, name: str) -> Tr
             f"{path} was written by {state.world_size} ranks and this run has "
             f"{dist.get_world_size()}: start it with the same number"
         )
-    loaded = dist_checkpointing.load(_sharded(student, state, is_loading=True), str(path))
-    student.module.load_state_dict(loaded["model"])
-    student.optimizer.load_state_dict(loaded["optimizer"])
+    with student.optimizer_at_hand():
+        wanted = _sharded(student, state, is_loading=True)
+        loaded = dist_checkpointing.load(wanted, str(path))
+    for i, chunk in enumerate(student.model.chunks):
+        chunk.load_state_dict(loaded[f"model{i}"])
+    with student.optimizer_at_hand():
+        student.optimizer.load_state_dict(loaded["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
     rng = loaded["rng"]
     torch.set_rng_state(rng["cpu"])
@@ -104,7 +109,8 @@ def load_checkpoint(path: Path, student: Student, *, seed: int, name: str) -> Tr
 
 
 def _sharded(student: Student, state: TrainState, *, is_loading: bool) -> dict[str, Any]:
-    model = student.module.sharded_state_dict()
+    # Interleaved stages hold several chunks; the names inside count layers over the whole model.
+    model = {f"model{i}": c.sharded_state_dict() for i, c in enumerate(student.model.chunks)}
     rank, world = dist.get_rank(), dist.get_world_size()
     on_gpu = student.groups.device.type == "cuda"
     rng = {
@@ -112,8 +118,10 @@ def _sharded(student: Student, state: TrainState, *, is_loading: bool) -> dict[s
         "cuda": torch.cuda.get_rng_state() if on_gpu else None,
     }
     return {
-        "model": model,
-        "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading),
+        **model,
+        "optimizer": student.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata={"distrib_optim_sharding_type": "dp_reshardable"}
+        ),
         "scheduler": student.scheduler.state_dict(),
         "rng": ShardedObject("rng", rng, (world,), (rank,), replica_id=0),
         "state": asdict(state),

@@ -2,6 +2,7 @@
 
 `iter_hf_weights` yields (Hugging Face name, full tensor); engine resync, export and checks read it.
 Which Hugging Face tensors make up a Megatron parameter, and how it is cut over TP, is one table.
+Megatron's names here have the layers counted over the whole model (`ShardedModel`).
 
 QKV in Megatron: [groups, (heads per group + 2) * head_dim, hidden], a group's queries then its key
 and value. Gate and up: each rank holds its rows of both, gate first.
@@ -20,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sgopd.hf_files import iter_safetensors
-from megatron_sgopd.model import DistillationGPTModel
-from megatron_sgopd.parallel import Groups
+from megatron_sgopd.model import ShardedModel
+from megatron_sgopd.parallel import gather_objects
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Megatron name -> (Hugging Face names, dimension cut over TP); inside a layer without its prefix.
@@ -82,19 +83,20 @@ def hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
 # -- Hugging Face -> Megatron ----------------------------------------------------------------------
 
 
-def load_hf_weights(model: DistillationGPTModel, path: Path, groups: Groups) -> None:
-    """Loads a directory's weights; each rank keeps its shard. Streams: a parameter at a time.
+def load_hf_weights(model: ShardedModel, path: Path) -> None:
+    """Loads a directory's weights; each rank keeps its part. Streams: a parameter at a time.
 
     Raises:
         ValueError: a missing, unknown or misshapen tensor, by name.
     """
-    load_stream(model, iter_safetensors(path), groups, source=str(path))
+    load_stream(model, iter_safetensors(path), source=str(path))
 
 
-def init_random_weights(model: DistillationGPTModel, seed: int, groups: Groups) -> None:
+def init_random_weights(model: ShardedModel, seed: int) -> None:
     """Draws the weights as the config says (normal, initializer_range; norms 1).
 
-    Each tensor is drawn whole from a seed of its own, so that the weights do not depend on TP.
+    Each tensor is drawn whole from a seed of its own, so that the weights do not depend on the
+    layout.
     """
     scale = getattr(model.hf_config, "initializer_range", 0.02)
 
@@ -106,16 +108,18 @@ def init_random_weights(model: DistillationGPTModel, seed: int, groups: Groups) 
         return torch.randn(shape, generator=generator) * scale
 
     stream = ((n, draw(n, shape)) for n, shape in hf_shapes(model.hf_config).items())
-    load_stream(model, stream, groups, source="random initialisation")
+    load_stream(model, stream, source="random initialisation")
 
 
 @torch.no_grad()
-def load_stream(
-    model: DistillationGPTModel, stream: Iterable[tuple[str, Tensor]], groups: Groups, source: str
-) -> None:
+def load_stream(model: ShardedModel, stream: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Consumes (name, full tensor) pairs in any order, each name exactly once."""
     expected = hf_shapes(model.hf_config)
-    waiting = {name: (p, *hf_names(name)) for name, p in model.named_parameters()}
+    waiting = {
+        name: (p, *_sources(name, tied=model.hf_config.tie_word_embeddings))
+        for name, p in model.named_parameters()
+    }
+    wanted = {n for _, names, _ in waiting.values() for n in names}  # on this pipeline stage
     held: dict[str, Tensor] = {}
     seen: set[str] = set()
     for name, tensor in stream:
@@ -131,24 +135,35 @@ def load_stream(
         if name in seen:
             raise ValueError(f"{source} holds {name!r} twice")
         seen.add(name)
+        if name not in wanted:
+            continue
         held[name] = tensor
-        for key in [k for k, (_, names, _) in waiting.items() if set(names) <= held.keys()]:
+        ready = [k for k, (_, names, _) in waiting.items() if set(names) <= held.keys()]
+        for key in ready:
             parameter, names, dim = waiting.pop(key)
-            parts = [held.pop(n) for n in names]
-            parameter.copy_(_to_shard(parts, names, dim, model, groups))
+            parameter.copy_(_to_shard([held[n] for n in names], names, dim, model, parameter))
+        still = {n for _, names, _ in waiting.values() for n in names}
+        held = {n: t for n, t in held.items() if n in still}
     if missing := sorted(set(expected) - seen):
         raise ValueError(f"{source} lacks {missing[0]!r} ({len(missing)} tensors are missing)")
     assert not waiting, f"no tensor came for {sorted(waiting)}"
+
+
+def _sources(megatron_name: str, *, tied: bool) -> tuple[tuple[str, ...], int | None]:
+    """`hf_names`, with a tied head read from the embedding."""
+    names, dim = hf_names(megatron_name)
+    return ((EMBEDDING,), dim) if tied and names == (HEAD,) else (names, dim)
 
 
 def _to_shard(
     parts: list[Tensor],
     names: tuple[str, ...],
     dim: int | None,
-    model: DistillationGPTModel,
-    groups: Groups,
+    model: ShardedModel,
+    like: Tensor,
 ) -> Tensor:
-    """This rank's Megatron tensor from whole Hugging Face tensors."""
+    """This rank's Megatron tensor, of the shape of `like`, from whole Hugging Face tensors."""
+    groups = model.groups
 
     def cut(x: Tensor) -> Tensor:
         return x if dim is None else x.chunk(groups.tp_size, dim)[groups.tp_rank]
@@ -158,7 +173,8 @@ def _to_shard(
     if len(parts) == 2:
         return torch.cat([cut(x) for x in parts])
     (whole,) = parts
-    if names[0] in (EMBEDDING, HEAD) and (pad := model.vocab_size - whole.shape[0]):
+    padded_rows = like.shape[0] * groups.tp_size
+    if names[0] in (EMBEDDING, HEAD) and (pad := padded_rows - whole.shape[0]):
         whole = torch.cat([whole, whole.new_zeros(pad, whole.shape[1])])
     return cut(whole)
 
@@ -180,20 +196,50 @@ def _split_qkv(fused: Tensor, hf_config: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def iter_hf_weights(model: DistillationGPTModel, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+def iter_hf_weights(model: ShardedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) of every Hugging Face weight, once, the same on every rank.
 
-    Collective over the replica: every rank must read it to the end. Padded vocabulary rows are cut
+    Collective over the model's ranks: each must read it to the end. Padded vocabulary rows are cut
     off; a tied head is not a weight of its own. Memory: one parameter at a time.
     """
-    for name, parameter in model.named_parameters():
+    groups, shapes = model.groups, hf_shapes(model.hf_config)
+    mine = dict(model.named_parameters())
+    # What lies on which stage: a tied head counts as the first stage's embedding.
+    held = gather_objects([(name, p.dtype) for name, p in mine.items()], groups.pp_group)
+    places = [(stage, *entry) for stage, entries in enumerate(held) for entry in entries]
+    for stage, name, dtype in sorted(places, key=lambda place: _depth(place[1])):
         names, dim = hf_names(name)
-        shards = _all_shards(parameter.detach(), groups) if dim is not None else [parameter]
-        for hf_name, tensor in zip(names, _from_shards(shards, names, dim, model), strict=True):
-            yield hf_name, tensor.detach()
+        if names[0] not in shapes:
+            continue
+        if stage == groups.pp_rank:
+            parameter = mine[name].detach()
+            shards = _all_shards(parameter, model) if dim is not None else [parameter]
+            tensors = _from_shards(shards, names, dim, model)
+        else:
+            tensors = [torch.empty(shapes[n], dtype=dtype, device=groups.device) for n in names]
+        for hf_name, tensor in zip(names, tensors, strict=True):
+            yield hf_name, _from_stage(tensor.detach(), stage, groups.pp_group)
 
 
-def _all_shards(tensor: Tensor, groups: Groups) -> list[Tensor]:
+def _depth(megatron_name: str) -> tuple[int, int]:
+    """Sorts parameters from the embedding to the head, whatever stage they are on."""
+    layer = re.search(r"layers\.(\d+)\.", megatron_name)
+    if layer is not None:
+        return 1, int(layer[1])
+    return (0 if megatron_name.startswith("embedding") else 2), 0
+
+
+def _from_stage(tensor: Tensor, stage: int, pp_group: dist.ProcessGroup) -> Tensor:
+    """A stage's tensor on all stages."""
+    if pp_group.size() == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, src=dist.get_global_rank(pp_group, stage), group=pp_group)
+    return tensor
+
+
+def _all_shards(tensor: Tensor, model: ShardedModel) -> list[Tensor]:
+    groups = model.groups
     if groups.tp_size == 1:
         return [tensor]
     shards = [torch.empty_like(tensor) for _ in range(groups.tp_size)]
@@ -202,7 +248,7 @@ def _all_shards(tensor: Tensor, groups: Groups) -> list[Tensor]:
 
 
 def _from_shards(
-    shards: list[Tensor], names: tuple[str, ...], dim: int | None, model: DistillationGPTModel
+    shards: list[Tensor], names: tuple[str, ...], dim: int | None, model: ShardedModel
 ) -> list[Tensor]:
     if len(names) == 2:
         halves = [shard.chunk(2) for shard in shards]

@@ -1,7 +1,7 @@
 """The transformer layer's parts: our own norm and attention, or Transformer Engine's.
 
 Ours need neither TE nor apex and run on CPU and GPU alike: an RMSNorm that admits sequence
-parallelism, and torch's scaled-dot-product attention as Megatron's core attention.
+parallelism, and torch's scaled-dot-product attention (`attention`) as Megatron's core attention.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_sgopd.attention import SDPAttention
 
 
 class RMSNorm(torch.nn.Module):
@@ -39,43 +40,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class SDPAttention(MegatronModule):
-    """Causal attention [s, b, heads, d] -> [s, b, heads * d]; fewer key heads are GQA groups."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **_: Any,
-    ) -> Tensor:
-        s, b, heads, d = query.shape
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=heads != key.shape[2],
-        )
-        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 
 
 def block_spec(num_layers: int, transformer_impl: str) -> TransformerBlockSubmodules | ModuleSpec:

@@ -94,12 +94,11 @@ class Objective:
         student: Rows,
         micro_batch: MicroBatch,
         scores: Scores,
-        token_scale: Tensor,
         *,
         group: dist.ProcessGroup | None,
         vocab_size: int,
     ) -> LossResult:
-        """Sum of token_scale times the token losses; rows [T, V], token_scale [R, L]."""
+        """Sum of token_scale times the token losses; the student's rows are [T, V]."""
         outcome = outcome_of(micro_batch)
         function = sgopd.coefficients(self.method, **vars(self.options))
         gate = self.options
@@ -122,7 +121,7 @@ class Objective:
             lambdas=self.lambdas,
             estimator=self.estimator,
             temperature=self.temperature,
-            token_scale=token_scale.flatten(),
+            token_scale=micro_batch.token_scale.flatten(),
             chunk_tokens=self.chunk_tokens,
             candidate_lambda=per_candidate if self.candidate_gate else None,
         )

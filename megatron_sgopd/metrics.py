@@ -31,11 +31,12 @@ def add_up(parts: Iterable[Sums]) -> Sums:
 
 
 def reduced_means(
-    sums: Sums, names: Iterable[str], group: dist.ProcessGroup, device: torch.device
+    sums: Sums, names: Iterable[str], group: dist.ProcessGroup | None, device: torch.device
 ) -> dict[str, float]:
     """sum/count over a group, float64, one all-reduce. Names nobody counted are left out.
 
-    `names` lists every name any rank may have, so that all ranks send the same vector.
+    Without a group, over all ranks. `names` lists every name any rank may have, so that all ranks
+    send the same vector.
     """
     order = sorted(names)
     zero = torch.zeros((), device=device)

@@ -2,21 +2,29 @@
 
 Family: Qwen3 (GQA, q/k-norm, RMSNorm, SwiGLU, RoPE, tied or untied embeddings).
 
-Shapes: R x L tokens of a micro-batch, D hidden, V vocabulary rows held by this rank.
+Shapes: R x L tokens of this rank's part of a micro-batch (R = 1 where it is packed), D hidden, V
+vocabulary rows held by this rank.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sgopd.config.schema import ParallelConfig
 from megatron_sgopd.layer_spec import block_spec
+from megatron_sgopd.packing import MicroBatch
 from megatron_sgopd.parallel import Groups
 
 # What each option of a Qwen3 config must be for this model to be the same function.
@@ -30,18 +38,17 @@ REQUIRED = {
 
 
 class DistillationGPTModel(GPTModel):
-    """Megatron's GPT that can hand over its final hidden states instead of logits.
+    """Megatron's GPT that can hand over its final hidden states instead of logits."""
 
-    `true_vocab_size` is the Hugging Face model's; the padded rows beyond it never count.
-    """
-
-    hf_config: Any
-    true_vocab_size: int
+    first_layer = 0  # this chunk's first layer among all of the model's
     _hands_over_hidden_states = False
 
     @contextmanager
     def handing_over_hidden_states(self) -> Iterator[None]:
-        """Inside, forward returns the states before the output layer: [L, R, D], after the norm."""
+        """Inside, forward on the last stage returns the states before the output layer.
+
+        [L, R, D], after the final norm; sequence shards [L / TP, R, D] under sequence parallelism.
+        """
         self._hands_over_hidden_states = True
         try:
             yield
@@ -49,7 +56,7 @@ class DistillationGPTModel(GPTModel):
             self._hands_over_hidden_states = False
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._hands_over_hidden_states:
+        if self._hands_over_hidden_states and self.post_process:
             return hidden_states
         return super()._postprocess(hidden_states, *args, **kwargs)
 
@@ -60,44 +67,132 @@ class DistillationGPTModel(GPTModel):
         return self.output_layer.weight
 
 
+@dataclass(frozen=True)
+class ShardedModel:
+    """What this rank holds of a model under a layout: one chunk, or several interleaved ones."""
+
+    chunks: tuple[DistillationGPTModel, ...]
+    groups: Groups
+    hf_config: Any
+
+    @property
+    def last_chunk(self) -> DistillationGPTModel:
+        """On the last pipeline stage: the chunk with final norm and LM head."""
+        return self.chunks[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.chunks[0].config.params_dtype
+        return dtype
+
+    @property
+    def true_vocab_size(self) -> int:
+        """The Hugging Face model's; the padded rows beyond it never count."""
+        return int(self.hf_config.vocab_size)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Megatron's names with the layers' numbers counted over the whole model.
+
+        Under pipeline parallelism a tied embedding comes on the first stage as itself and on the
+        last stage as `output_layer.weight`.
+        """
+        for chunk in self.chunks:
+            for name, parameter in chunk.named_parameters():
+                yield _global_name(name, chunk.first_layer), parameter
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+
 def build_model(
     hf_config: Any,
     groups: Groups,
     *,
     dtype: torch.dtype,
     transformer_impl: str = "local",
-    make_vocab_size_divisible_by: int = 128,
     trainable: bool,
-) -> DistillationGPTModel:
-    """The model of a Hugging Face config on this rank, its weights not yet loaded.
+) -> ShardedModel:
+    """This rank's part of the model of a Hugging Face config, its weights not yet loaded.
 
     Raises:
         ValueError: an architecture, option or size that does not fit, by name.
     """
     _check_supported(hf_config)
-    _check_divisible(hf_config, groups.tp_size)
-    config = transformer_config(hf_config, groups, dtype)
-    multiple = make_vocab_size_divisible_by * groups.tp_size
-    model = DistillationGPTModel(
-        config,
-        block_spec(hf_config.num_hidden_layers, transformer_impl),
-        vocab_size=-(-hf_config.vocab_size // multiple) * multiple,
-        max_sequence_length=hf_config.max_position_embeddings,
-        parallel_output=True,
-        share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
-        position_embedding_type="rope",
-        rotary_base=int(hf_config.rope_parameters["rope_theta"]),
-    )
-    model.hf_config, model.true_vocab_size = hf_config, hf_config.vocab_size
-    if not trainable:
-        model.requires_grad_(False)
-        model.eval()
-    return model.to(groups.device)
+    _check_divisible(hf_config, groups)
+    stages = groups.pp_size * (groups.config.virtual_pipeline_model_parallel_size or 1)
+    per_stage = split_layers(hf_config.num_hidden_layers, stages)
+    chunks = []
+    for virtual in range(stages // groups.pp_size):
+        stage = virtual * groups.pp_size + groups.pp_rank
+        config = transformer_config(hf_config, groups, dtype, trainable=trainable)
+        multiple = groups.config.make_vocab_size_divisible_by * groups.tp_size
+        chunk = DistillationGPTModel(
+            config,
+            block_spec(per_stage[stage], transformer_impl),
+            vocab_size=-(-hf_config.vocab_size // multiple) * multiple,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+            position_embedding_type="rope",
+            rotary_base=int(hf_config.rope_parameters["rope_theta"]),
+            pg_collection=groups.collection,
+            vp_stage=virtual,
+        )
+        chunk.first_layer = sum(per_stage[:stage])
+        if not trainable:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        chunks.append(chunk.to(groups.device))
+    return ShardedModel(tuple(chunks), groups, hf_config)
 
 
-def transformer_config(hf_config: Any, groups: Groups, dtype: torch.dtype) -> TransformerConfig:
+def split_layers(num_layers: int, stages: int) -> list[int]:
+    """Layers of each pipeline stage; a remainder goes to the middle, which has no vocabulary.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if num_layers < stages:
+        raise ValueError(
+            f"config.json has num_hidden_layers {num_layers}, fewer than the {stages} pipeline "
+            "stages (pipeline_model_parallel_size x virtual_pipeline_model_parallel_size): "
+            "lower them"
+        )
+    base, rest = divmod(num_layers, stages)
+    middle_first = [*range(1, stages - 1), 0, stages - 1]
+    return [base + (stage in middle_first[:rest]) for stage in range(stages)]
+
+
+def forward(chunk: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    """The chunk's output for this rank's part of a micro-batch; `chunk` may be wrapped in DDP.
+
+    Logits [R, L, V] on the last stage (hidden states [L, R, D], under sequence parallelism
+    [L / TP, R, D], while they are handed over), activations for the next stage elsewhere.
+    """
+    packed = None
+    if batch.cu_seqlens is not None:
+        cu = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=batch.input_ids.device)
+        longest = max(b - a for a, b in pairwise(batch.cu_seqlens))
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu,
+            cu_seqlens_kv=cu,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+    output: Tensor = chunk(batch.input_ids, batch.position_ids, None, packed_seq_params=packed)
+    return output
+
+
+def transformer_config(
+    hf_config: Any, groups: Groups, dtype: torch.dtype, *, trainable: bool
+) -> TransformerConfig:
     """Megatron's description of the same transformer, under this layout."""
-    on_cpu = groups.device.type == "cpu"
+    on_cpu, layout = groups.device.type == "cpu", groups.config
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -115,9 +210,23 @@ def transformer_config(hf_config: Any, groups: Groups, dtype: torch.dtype) -> Tr
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=groups.tp_size,
+        pipeline_model_parallel_size=groups.pp_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_layer_layout(hf_config.num_hidden_layers, groups),
+        context_parallel_size=groups.cp_size,
+        sequence_parallel=layout.sequence_parallel and groups.tp_size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        # Ragged micro-batches: stages tell each other shapes. Megatron asks for the dispatcher
+        # then, of dense models too.
+        variable_seq_lengths=groups.pp_size > 1,
+        moe_token_dispatcher_type="alltoall",
+        overlap_p2p_comm=interleaved
+        if layout.overlap_p2p_comm is None
+        else layout.overlap_p2p_comm,
+        batch_p2p_comm=not interleaved if layout.batch_p2p_comm is None else layout.batch_p2p_comm,
+        **(_recompute(layout) if trainable else {}),
         use_cpu_initialization=on_cpu,
         # Every weight is overwritten by hf_weights, but Megatron marks a parameter as tensor
         # parallel only while it initialises it, and its gradient norm reads those marks.
@@ -131,6 +240,49 @@ def transformer_config(hf_config: Any, groups: Groups, dtype: torch.dtype) -> Tr
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def _recompute(layout: ParallelConfig) -> dict[str, Any]:
+    if layout.recompute_granularity == "none":
+        return {}
+    if layout.recompute_granularity == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(layout.recompute_modules or ["core_attn"]),
+        }
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": layout.recompute_method,
+        "recompute_num_layers": layout.recompute_num_layers,
+    }
+
+
+class _LayerLayout(PipelineParallelLayerLayout):
+    """A layout that knows its stage: Megatron's asks for the student's, whatever the model."""
+
+    def __init__(self, layout: list[list[str]], groups: Groups) -> None:
+        super().__init__(layout, groups.pp_size)
+        self._pp_rank = groups.pp_rank
+
+    def get_num_layers_to_build(self, *args: Any, **kwargs: Any) -> int:
+        return int(super().get_num_layers_to_build(*args, **kwargs | {"pp_rank": self._pp_rank}))
+
+    def get_layer_offset(self, *args: Any, **kwargs: Any) -> int:
+        return int(super().get_layer_offset(*args, **kwargs | {"pp_rank": self._pp_rank}))
+
+
+def _layer_layout(num_layers: int, groups: Groups) -> _LayerLayout | None:
+    """Which layers lie on which stage, where they cannot be shared out equally."""
+    stages = groups.pp_size * (groups.config.virtual_pipeline_model_parallel_size or 1)
+    if num_layers % stages == 0:
+        return None
+    rows = [["decoder"] * count for count in split_layers(num_layers, stages)]
+    return _LayerLayout([["embedding", *rows[0]], *rows[1:-1], [*rows[-1], "loss"]], groups)
+
+
+def _global_name(name: str, first_layer: int) -> str:
+    match = re.fullmatch(r"(decoder\.layers\.)(\d+)(\..+)", name)
+    return name if match is None else f"{match[1]}{int(match[2]) + first_layer}{match[3]}"
 
 
 def _check_supported(hf_config: Any) -> None:
@@ -150,10 +302,10 @@ def _check_supported(hf_config: Any) -> None:
         )
 
 
-def _check_divisible(hf_config: Any, tp_size: int) -> None:
+def _check_divisible(hf_config: Any, groups: Groups) -> None:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if (size := getattr(hf_config, name)) % tp_size:
+        if (size := getattr(hf_config, name)) % groups.tp_size:
             raise ValueError(
-                f"config.json has {name} {size}, which parallel.tensor_model_parallel_size "
-                f"{tp_size} does not divide: lower the latter"
+                f"config.json has {name} {size}, which tensor_model_parallel_size "
+                f"{groups.tp_size} does not divide: lower the latter"
             )

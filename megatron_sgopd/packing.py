@@ -1,39 +1,77 @@
-"""Rollouts -> micro-batches of padded token matrices, with what the loss must know of each token.
+"""Rollouts -> micro-batches, with what the loss must know of each token.
 
-Shapes: R rollouts of the micro-batch, L its longest sequence less one (inputs and targets are
-shifted by one), T = R * L tokens when flattened.
+Two forms. *Padded*: R rows of L columns, right-padded; under causal attention no real token sees
+the padding, so that no attention mask is needed. *Packed*: R = 1, the rollouts one after the other
+up to a token budget, each attending to itself alone (`cu_seqlens`).
+
+Shapes: R rows, L columns (inputs and targets are shifted by one), T = R * L tokens when flattened.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sgopd.types import Rollout
 
+AGGREGATIONS = ("seq_mean_token_mean", "token_mean")
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass. All tensors are [R, L]; position t of a row predicts `targets[:, t]`.
-
-    Rows are right-padded: under causal attention no real token sees the padding, so that no
-    attention mask is needed.
-    """
+    """One forward pass. All tensors are [R, L]; column t of a row predicts `targets[:, t]`."""
 
     input_ids: Tensor  # int64
     position_ids: Tensor  # int64
     targets: Tensor  # int64, the next token
     loss_mask: Tensor  # bool: the target is a completion token to learn from
-    verifier_advantage: Tensor  # float32, a1 of the row's rollout
+    token_scale: Tensor  # float32: the token's share of the step's loss; 0 where masked
+    verifier_advantage: Tensor  # float32, a1 of the token's rollout
     is_correct: Tensor  # bool
     is_imitated: Tensor  # bool: a teacher's or a data set's tokens, learnt by cross-entropy
     sampled_logprobs: Tensor  # float32, by the engine; 0 where the loss mask is 0
+    # Packed: where each sequence begins, and the end; of the whole micro-batch on every CP rank.
+    cu_seqlens: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return replace(self, **{n: x.to(device) for n, x in self._tensors().items()})
+
+    def context_shard(self, rank: int, size: int) -> MicroBatch:
+        """The columns of one context parallel rank: of every sequence chunks r and 2 size - 1 - r.
+
+        Sequences are a multiple of 2 `size` long (`micro_batches` sees to it).
+        """
+        if size == 1:
+            return self
+        columns = context_columns(self.shape[1], self.cu_seqlens, rank, size)
+        columns = columns.to(self.input_ids.device)
+        return replace(self, **{n: x[:, columns] for n, x in self._tensors().items()})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, L)."""
+        rows, columns = self.input_ids.shape
+        return rows, columns
+
+    def _tensors(self) -> dict[str, Any]:
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {n: x for n, x in values.items() if isinstance(x, Tensor)}
+
+
+def context_columns(length: int, cu_seqlens: Sequence[int] | None, rank: int, size: int) -> Tensor:
+    """Which of `length` columns a context parallel rank holds, in its order (zigzag)."""
+    pieces = []
+    for begin, end in pairwise(cu_seqlens or (0, length)):
+        chunk = (end - begin) // (2 * size)
+        for index in (rank, 2 * size - 1 - rank):
+            pieces.append(torch.arange(begin + index * chunk, begin + (index + 1) * chunk))
+    return torch.cat(pieces)
 
 
 def num_tokens(rollout: Rollout) -> int:
@@ -46,47 +84,6 @@ def num_loss_tokens(rollout: Rollout, mask_truncated: bool) -> int:
     if mask_truncated and rollout.completion.finish_reason == "length":
         return 0
     return len(rollout.completion.token_ids)
-
-
-def micro_batches(
-    rollouts: Sequence[Rollout], *, micro_batch_size: int, mask_truncated: bool = False
-) -> list[MicroBatch]:
-    """Cuts rollouts, in their order, into micro-batches of at most `micro_batch_size` rows."""
-    return [
-        _collate(rollouts[i : i + micro_batch_size], mask_truncated)
-        for i in range(0, len(rollouts), micro_batch_size)
-    ]
-
-
-def _collate(rollouts: Sequence[Rollout], mask_truncated: bool) -> MicroBatch:
-    sequences = [r.prompt.token_ids + r.completion.token_ids for r in rollouts]
-    # An empty completion after a one-token prompt leaves nothing to feed; keep one column.
-    shape = (len(rollouts), max(1, max(len(s) for s in sequences) - 1))
-    ids = torch.zeros(shape, dtype=torch.long)
-    targets = torch.zeros(shape, dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    logprobs = torch.zeros(shape, dtype=torch.float32)
-    for row, (rollout, sequence) in enumerate(zip(rollouts, sequences, strict=True)):
-        length, start = len(sequence) - 1, len(rollout.prompt.token_ids) - 1
-        ids[row, :length] = torch.tensor(sequence[:-1], dtype=torch.long)
-        targets[row, :length] = torch.tensor(sequence[1:], dtype=torch.long)
-        logprobs[row, start:length] = torch.tensor(rollout.completion.logprobs)
-        if num_loss_tokens(rollout, mask_truncated):
-            mask[row, start:length] = True
-
-    def column(values: list[float] | list[bool], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype)[:, None].expand(shape).contiguous()
-
-    return MicroBatch(
-        input_ids=ids,
-        position_ids=torch.arange(shape[1])[None].expand(shape).contiguous(),
-        targets=targets,
-        loss_mask=mask,
-        verifier_advantage=column([r.verifier_advantage for r in rollouts], torch.float32),
-        is_correct=column([r.is_correct for r in rollouts], torch.bool),
-        is_imitated=column([r.source != "student" for r in rollouts], torch.bool),
-        sampled_logprobs=logprobs,
-    )
 
 
 def token_scales(
@@ -107,7 +104,205 @@ def token_scales(
     if aggregation == "token_mean":
         return [1.0 / max(num_tokens, 1)] * len(lengths)
     if aggregation != "seq_mean_token_mean":
-        raise ValueError(
-            f"loss_agg is {aggregation!r}; allowed are 'seq_mean_token_mean' and 'token_mean'"
-        )
+        raise ValueError(f"loss_agg is {aggregation!r}; allowed are {AGGREGATIONS}")
     return [1.0 / (num_sequences * n) if n else 0.0 for n in lengths]
+
+
+# -- which rollouts share a micro-batch ------------------------------------------------------------
+
+
+def micro_batches(
+    rollouts: Sequence[Rollout],
+    scales: Sequence[float],
+    *,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
+    mask_truncated: bool = False,
+    align: int = 1,
+    align_sequence: int = 1,
+    multiple_of: int = 1,
+) -> list[MicroBatch]:
+    """Cuts rollouts into micro-batches: padded rows of like length, or packed up to `max_tokens`.
+
+    Args:
+        scales: each rollout's `token_scales`.
+        micro_batch_size: rows of a padded micro-batch; `max_tokens` None chooses this form.
+        align: L is a multiple of it (sequence parallel ranks share the columns).
+        align_sequence: so is the length of each packed sequence (context parallel ranks).
+        multiple_of: so is the number of micro-batches (interleaved stages), empty ones included.
+    Raises:
+        ValueError: a rollout longer than `max_tokens`.
+    """
+    inputs = [max(0, num_tokens(r) - 1) for r in rollouts]
+    if max_tokens is None:
+        order = sorted(range(len(rollouts)), key=lambda i: -inputs[i])
+        parts = [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+        parts += [[]] * (-len(parts) % multiple_of)
+    else:
+        lengths = [_round_up(n, align_sequence) for n in inputs]
+        parts = balanced_bins(lengths, max_tokens, multiple_of=multiple_of)
+    collate = _pad if max_tokens is None else _pack
+    return [
+        collate(
+            [rollouts[i] for i in part],
+            [scales[i] for i in part],
+            mask_truncated,
+            align,
+            align_sequence,
+        )
+        for part in parts
+    ]
+
+
+def balanced_bins(
+    lengths: Sequence[int], capacity: int, *, multiple_of: int = 1
+) -> list[list[int]]:
+    """Indices in as few bins as a greedy search finds, evenly filled, none above `capacity`.
+
+    Longest first into the emptiest bin; one more bin (`multiple_of` more) whenever one does not
+    fit.
+
+    Raises:
+        ValueError: one length alone is above the capacity.
+    """
+    if lengths and max(lengths) > capacity:
+        raise ValueError(
+            f"a rollout of {max(lengths)} tokens does not fit parallel.micro_batch_tokens "
+            f"{capacity}: raise it to the longest prompt and completion together"
+        )
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    count = _round_up(max(1, -(-sum(lengths) // capacity)), multiple_of)
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        emptiest = [(0, i) for i in range(count)]
+        for index in order:
+            filled, i = heapq.heappop(emptiest)
+            if filled + lengths[index] > capacity:
+                break
+            bins[i].append(index)
+            heapq.heappush(emptiest, (filled + lengths[index], i))
+        else:
+            return bins
+        count += multiple_of
+
+
+def balanced_shares(lengths: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
+    """Evens out the tokens of data parallel replicas: for each, the rollouts it trains.
+
+    `lengths[d]` are the tokens of replica d's rollouts; the answer lists (replica, index) pairs.
+    Every replica keeps its own, shortest given away last, while it is below the mean; the rest go,
+    longest first, to whoever has least. A pure function, so that all ranks find the same.
+    """
+    mean = sum(map(sum, lengths)) / max(1, len(lengths))
+    shares: list[list[tuple[int, int]]] = []
+    homeless: list[tuple[int, int, int]] = []
+    filled = []
+    for replica, own in enumerate(lengths):
+        total = 0
+        kept: list[tuple[int, int]] = []
+        for index in sorted(range(len(own)), key=lambda i: (own[i], i)):
+            if total + own[index] <= mean or not kept:
+                kept.append((replica, index))
+                total += own[index]
+            else:
+                homeless.append((own[index], replica, index))
+        shares.append(kept)
+        filled.append(total)
+    for length, replica, index in sorted(homeless, reverse=True):
+        # At home where that is no worse: nothing has to travel.
+        least = min(filled)
+        taker = replica if filled[replica] == least else filled.index(least)
+        shares[taker].append((replica, index))
+        filled[taker] += length
+    return shares
+
+
+def padding_share(batches: Sequence[MicroBatch], rollouts: Sequence[Rollout]) -> tuple[int, int]:
+    """(padded positions, all positions) of the micro-batches."""
+    computed = sum(rows * columns for rows, columns in (b.shape for b in batches))
+    real = sum(max(0, num_tokens(r) - 1) for r in rollouts)
+    return computed - real, computed
+
+
+# -- from rollouts to tensors ----------------------------------------------------------------------
+
+
+def _pad(
+    rollouts: Sequence[Rollout],
+    scales: Sequence[float],
+    mask_truncated: bool,
+    align: int,
+    align_sequence: int,
+) -> MicroBatch:
+    """One row a rollout; a micro-batch of none is a row of padding."""
+    rows = [_sequence(r, s, mask_truncated) for r, s in zip(rollouts, scales, strict=True)]
+    width = max([1, *(len(row["input_ids"]) for row in rows)])
+    width = _round_up(width, align * align_sequence)
+    padded = [_padded(row, width) for row in rows] or [_padded(_sequence(None), width)]
+    stacked: dict[str, Any] = {n: torch.stack([p[n] for p in padded]) for n in padded[0]}
+    return MicroBatch(**stacked)
+
+
+def _pack(
+    rollouts: Sequence[Rollout],
+    scales: Sequence[float],
+    mask_truncated: bool,
+    align: int,
+    align_sequence: int,
+) -> MicroBatch:
+    """All rollouts in one row; what fills it up to `align` is a sequence of its own."""
+    pieces = []
+    for rollout, scale in zip(rollouts, scales, strict=True):
+        sequence = _sequence(rollout, scale, mask_truncated)
+        if length := _round_up(len(sequence["input_ids"]), align_sequence):
+            pieces.append(_padded(sequence, length))
+    total = sum(len(p["input_ids"]) for p in pieces)
+    if fill := _round_up(max(1, total), align * align_sequence) - total:
+        pieces.append(_padded(_sequence(None), fill))
+    ends = accumulate(len(p["input_ids"]) for p in pieces)
+    whole: dict[str, Any] = {n: torch.cat([p[n] for p in pieces])[None] for n in pieces[0]}
+    return MicroBatch(**whole, cu_seqlens=(0, *ends))
+
+
+def _sequence(
+    rollout: Rollout | None, scale: float = 0.0, mask_truncated: bool = False
+) -> dict[str, Any]:
+    """A rollout's tensors [L], inputs and targets shifted by one; None has no token."""
+    prompt = rollout.prompt.token_ids if rollout else ()
+    completion = rollout.completion.token_ids if rollout else ()
+    ids = torch.tensor((*prompt, *completion), dtype=torch.long)
+    length = max(0, len(ids) - 1)
+    start = len(prompt) - 1
+    mask = torch.zeros(length, dtype=torch.bool)
+    logprobs = torch.zeros(length)
+    if rollout is not None and completion:
+        logprobs[start:] = torch.tensor(rollout.completion.logprobs)
+        mask[start:] = num_loss_tokens(rollout, mask_truncated) > 0
+
+    def everywhere(value: float | bool, dtype: torch.dtype) -> Tensor:
+        return torch.full((length,), value, dtype=dtype)
+
+    return {
+        "input_ids": ids[:length],
+        "position_ids": torch.arange(length),
+        "targets": ids[1:],
+        "loss_mask": mask,
+        "token_scale": mask * scale,
+        "verifier_advantage": everywhere(
+            rollout.verifier_advantage if rollout else 0.0, torch.float32
+        ),
+        "is_correct": everywhere(rollout is not None and rollout.is_correct, torch.bool),
+        "is_imitated": everywhere(rollout is not None and rollout.source != "student", torch.bool),
+        "sampled_logprobs": logprobs,
+    }
+
+
+def _padded(sequence: dict[str, Any], length: int) -> dict[str, Any]:
+    """Right-padded with zeros, except that positions go on counting."""
+    fill = length - len(sequence["input_ids"])
+    padded = {n: torch.nn.functional.pad(x, (0, fill)) for n, x in sequence.items()}
+    return padded | {"position_ids": torch.arange(length)}
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

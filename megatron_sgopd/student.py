@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,51 +13,114 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import (
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.model import DistillationGPTModel
+from megatron_sgopd.model import ShardedModel
+from megatron_sgopd.offload import Shelf
 from megatron_sgopd.parallel import Groups
 
 
 @dataclass(frozen=True)
 class Student:
-    """`module` is the bare model; `ddp` the same under Megatron's gradient buffers."""
+    """`model` holds the bare chunks; `ddp` the same under Megatron's gradient buffers."""
 
-    module: DistillationGPTModel
-    ddp: DistributedDataParallel
+    model: ShardedModel
+    ddp: tuple[DistributedDataParallel, ...]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    groups: Groups
+    shelf: Shelf | None  # holds the optimizer's state between updates
+
+    @property
+    def groups(self) -> Groups:
+        return self.model.groups
 
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @contextmanager
+    def optimizer_at_hand(self) -> Iterator[None]:
+        """Inside, the optimizer's state is on the device; outside only if it is not offloaded."""
+        if self.shelf is None:
+            yield
+            return
+        self.shelf.bring_back()
+        try:
+            yield
+        finally:
+            self.shelf.put_away(self._optimizer_tensors())
 
-def make_student(module: DistillationGPTModel, config: Config, groups: Groups) -> Student:
+    def zero_grad(self) -> None:
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def update(self) -> tuple[bool, float]:
+        """One optimizer step on the gradients there are: (whether it was taken, their norm)."""
+        self.scheduler.step(1)  # before the update: the first step has a learning rate
+        with self.optimizer_at_hand():
+            updated, norm, _ = self.optimizer.step()
+        for chunk in self.ddp:
+            # The new weights are wanted by the engine before any forward pass would fetch them.
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        return bool(updated), float(norm or 0.0)
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        """Moments, and fp32 weights where they are copies of the model's."""
+        chained = isinstance(self.optimizer, ChainedOptimizer)
+        each = self.optimizer.chained_optimizers if chained else [self.optimizer]
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        tensors = []
+        for one in each:
+            for group in one.optimizer.param_groups:
+                tensors += [p for p in group["params"] if p.untyped_storage().data_ptr() not in own]
+            for state in one.optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return tensors
+
+
+def make_student(model: ShardedModel, config: Config) -> Student:
     """Wraps a model that already holds its initial weights.
 
-    The optimizer copies its fp32 main weights from the module when it is made, so load first.
+    The optimizer copies its fp32 main weights from the model when it is made, so load first.
     """
-    module.train()
-    ddp = DistributedDataParallel(
-        module.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False),
-        module,
-    )
-    # Gradients are plain sums over micro-batches and replicas: the normalisation is in the loss's
-    # token_scale, so Megatron's own division by an integer token count is left out.
-    module.config.finalize_model_grads_func = _finalize_without_scaling
+    layout = model.groups.config
+    chunks = []
+    for i, module in enumerate(model.chunks):
+        module.train()
+        chunks.append(
+            DistributedDataParallel(
+                module.config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=layout.grad_reduce_in_fp32,
+                    use_distributed_optimizer=layout.use_distributed_optimizer,
+                    overlap_grad_reduce=layout.overlap_grad_reduce,
+                    overlap_param_gather=layout.overlap_param_gather,
+                ),
+                module,
+                disable_bucketing=i > 0,  # as Megatron does: later chunks hide behind the first
+            )
+        )
+        # Gradients are plain sums over micro-batches and replicas: the normalisation is in the
+        # loss's token_scale, so Megatron's own division by an integer token count is left out.
+        module.config.finalize_model_grads_func = _finalize_without_scaling
+    if layout.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        for module in model.chunks:
+            module.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     optimizer_config = _optimizer_config(config)
     optimizer = get_megatron_optimizer(
         optimizer_config,
-        [ddp],
+        chunks,
         config_overrides=get_standard_config_overrides(optimizer_config),  # no decay on norms
     )
     scheduler = OptimizerParamScheduler(
@@ -72,7 +137,8 @@ def make_student(module: DistillationGPTModel, config: Config, groups: Groups) -
         wd_incr_steps=config.num_steps,
         wd_incr_style="constant",
     )
-    return Student(module, ddp, optimizer, scheduler, groups)
+    shelf = Shelf(model.groups.device) if config.optimizer.offload else None
+    return Student(model, tuple(chunks), optimizer, scheduler, shelf)
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:
@@ -90,7 +156,8 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         bf16=dtype == torch.bfloat16,
         fp16=False,
         params_dtype=dtype,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
 
 

@@ -51,8 +51,8 @@ def train(config: Config) -> None:
     while state.step < config.num_steps and not run.stop_requested():
         with clock.span("rollout"):
             batch = make_batch(run, state.step)
-        if state.gate_eps is None and run.teacher is not None:
-            run.set_gate_eps(measure_tie_width(run.student, batch.rollouts, config))
+        if state.gate_eps is None and (teacher := run.teacher) is not None:
+            run.set_gate_eps(measure_tie_width(run.student, teacher, batch.rollouts, config))
         metrics = train_step(
             run.student, run.teacher, run.reference, batch.rollouts, run.objective(), config, clock
         )
@@ -60,7 +60,7 @@ def train(config: Config) -> None:
         state.policy_version += 1
         if run.engine is not None:
             with clock.span("push_weights"):
-                push_weights(run.student.module, run.engine, run.groups, state.policy_version)
+                push_weights(run.student.model, run.engine, state.policy_version)
         if due(state.step, config.evaluation.every) and state.step < config.num_steps:
             with clock.span("evaluate"):
                 metrics |= evaluate_during(run)
@@ -145,7 +145,7 @@ def finish(run: Run, seconds: float) -> None:
         run.close()
         return
     if config.checkpoint.save_hf:
-        weights = iter_hf_weights(run.student.module, run.groups)
+        weights = iter_hf_weights(run.student.model)
         source = resolve_hf_dir(config.model.student.hf_path)
         write_hf_dir(run.dir / "hf", run.hf_config, weights, source, writes=run.is_first)
     results = evaluate_and_write(run, "final") if config.evaluation.at_end else {}

@@ -1,50 +1,67 @@
 """One optimizer step. The only place where normalisation and Megatron's scaling meet.
 
-The step's loss is over the global batch of B rollouts, whatever the micro-batches and replicas:
+The step's loss is over the global batch of B rollouts, whatever the micro-batches and the layout:
 
     seq_mean_token_mean   (1/B) sum_i (1/|y_i|) sum_t l_it
     token_mean            sum_it l_it / sum_i |y_i|
 
 Each token carries its share of that mean as `token_scale`, so that the gradients of all
-micro-batches and replicas simply add up; Megatron is told to divide by nothing. (Its own per-token
-loss divides by an integer token count, which the first form is not.)
+micro-batches, replicas and context parallel ranks simply add up; Megatron is told to divide by
+nothing. (Its own per-token loss divides by an integer token count, which the first form is not.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.frozen import Frozen
+from megatron_sgopd.frozen import Frozen, Handover
+from megatron_sgopd.hf_weights import iter_hf_weights, load_stream
 from megatron_sgopd.loss import Objective, Scores, token_metrics
 from megatron_sgopd.metrics import Clock, Sums, add_up, reduced_means
+from megatron_sgopd.model import ShardedModel, build_model, forward
 from megatron_sgopd.packing import (
     MicroBatch,
+    balanced_shares,
     micro_batches,
     num_loss_tokens,
     num_tokens,
+    padding_share,
     token_scales,
 )
+from megatron_sgopd.parallel import Groups, gather_objects
 from megatron_sgopd.student import Student
 from megatron_sgopd.types import Rollout
+from megatron_sgopd.vocab_parallel import LossResult, Rows
 
 EPS_MARGIN = 2.0  # gate.eps "auto": this times the largest |a2| of a self-scoring pass
+Observe = Callable[[MicroBatch, LossResult], Any]
 
 
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch with everything its loss needs; token_scale [R, L]."""
+    """This rank's part of a micro-batch and, on the last stage, what the frozen models said."""
 
-    micro_batch: MicroBatch
-    scores: Scores
-    token_scale: Tensor
+    part: MicroBatch
+    teacher: Handover | None
+    reference: Handover | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step's work on this rank, and what preparing it is worth telling."""
+
+    work: list[Work]
+    sums: Sums
 
 
 def train_step(
@@ -62,13 +79,12 @@ def train_step(
     metrics, the same on all ranks.
     """
     with clock.span("score"):
-        work = prepare(teacher, reference, rollouts, objective, config, student)
+        prepared = prepare(teacher, reference, rollouts, objective, config, student.groups)
     with clock.span("train"):
-        loss, sums = accumulate_gradients(student, work, objective)
-        student.scheduler.step(1)  # before the update: the first step has a learning rate
-        updated, grad_norm, _ = student.optimizer.step()
-    metrics = gather_metrics(student, loss, sums, work)
-    metrics |= {"train/grad_norm": float(grad_norm or 0.0), "train/lr": student.lr}
+        loss, sums = accumulate_gradients(student, prepared.work, objective)
+        updated, grad_norm = student.update()
+    metrics = gather_metrics(student.groups, loss, sums | prepared.sums, prepared.work)
+    metrics |= {"train/grad_norm": grad_norm, "train/lr": student.lr}
     if not updated or not math.isfinite(metrics["train/loss"]):
         raise FloatingPointError(
             f"the step's loss is {metrics['train/loss']} and its gradient norm {grad_norm}: the "
@@ -84,127 +100,214 @@ def prepare(
     rollouts: Sequence[Rollout],
     objective: Objective,
     config: Config,
-    student: Student,
-) -> list[Work]:
-    """Cuts micro-batches, lets the frozen models score them, and gives each token its share."""
-    # Rows of like length share a micro-batch: less padding, the same sums.
-    rollouts = sorted(rollouts, key=num_tokens, reverse=True)
-    masked = config.distill.mask_truncated
+    groups: Groups,
+) -> Prepared:
+    """Cuts micro-batches, gives each token its share, and lets the frozen models score them."""
+    masked, layout = config.distill.mask_truncated, config.parallel
+    if layout.micro_batch_tokens is not None:
+        rollouts = share_out(rollouts, groups)
     lengths = [num_loss_tokens(r, masked) for r in rollouts]
-    counts = torch.tensor([len(lengths), sum(lengths)], device=student.groups.device)
-    dist.all_reduce(counts, group=student.groups.dp_group)
-    scales = token_scales(
+    counts = torch.tensor([len(lengths), sum(lengths)], device=groups.device)
+    dist.all_reduce(counts, group=groups.dp_group)
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    models = [f.model.groups for f in (teacher, reference) if f is not None]
+    batches = micro_batches(
         rollouts,
-        aggregation=config.distill.loss_agg,
-        num_sequences=int(counts[0]),
-        num_tokens=int(counts[1]),
+        token_scales(
+            rollouts,
+            aggregation=config.distill.loss_agg,
+            num_sequences=int(counts[0]),
+            num_tokens=int(counts[1]),
+            mask_truncated=masked,
+        ),
+        micro_batch_size=layout.micro_batch_size,
+        max_tokens=layout.micro_batch_tokens,
         mask_truncated=masked,
+        align=math.lcm(*(g.tp_size for g in (groups, *models) if g.config.sequence_parallel)),
+        align_sequence=2 * groups.cp_size if groups.cp_size > 1 else 1,
+        multiple_of=groups.pp_size if interleaved else 1,
     )
-    size = config.parallel.micro_batch_size
-    work = []
-    for i, batch in enumerate(
-        micro_batches(rollouts, micro_batch_size=size, mask_truncated=masked)
-    ):
-        batch = batch.to(student.groups.device)
-        scores = Scores(
-            teacher.score(batch, objective) if teacher else None,
-            reference.score(batch, objective) if reference else None,
+    batches = [b.to(groups.device) for b in batches]
+    padded, computed = padding_share(batches, rollouts)
+    nobody: list[Handover | None] = [None] * len(batches)
+    work = [
+        Work(batch.context_shard(groups.cp_rank, groups.cp_size), by_teacher, by_reference)
+        for batch, by_teacher, by_reference in zip(
+            batches,
+            teacher.score(batches, objective) if teacher else nobody,
+            reference.score(batches, objective) if reference else nobody,
+            strict=True,
         )
-        rows = torch.tensor(scales[i * size : (i + 1) * size], device=student.groups.device)
-        work.append(Work(batch, scores, batch.loss_mask * rows[:, None]))
-    return work
+    ]
+    return Prepared(
+        work,
+        {
+            "packing/padding_share": (torch.tensor(padded), torch.tensor(computed)),
+            "packing/micro_batch_tokens": (torch.tensor(computed), torch.tensor(len(batches))),
+        },
+    )
+
+
+def share_out(rollouts: Sequence[Rollout], groups: Groups) -> list[Rollout]:
+    """Evens out the tokens of the replicas; what a replica gives away travels, the rest stays.
+
+    The labels are on the rollouts already, and the loss is a sum: who trains one does not matter.
+    """
+    if groups.dp_size == 1:
+        return list(rollouts)
+    lengths = gather_objects([num_tokens(r) for r in rollouts], groups.dp_group)
+    shares, me = balanced_shares(lengths), groups.dp_rank
+    kept = {i for replica, i in shares[me] if replica == me}
+    given = {(me, i): r for i, r in enumerate(rollouts) if i not in kept}
+    offered = {k: r for part in gather_objects(given, groups.dp_group) for k, r in part.items()}
+    return [rollouts[i] if replica == me else offered[replica, i] for replica, i in shares[me]]
 
 
 def accumulate_gradients(
-    student: Student, work: Sequence[Work], objective: Objective, *, forward_only: bool = False
+    student: Student,
+    work: Sequence[Work],
+    objective: Objective,
+    *,
+    from_hidden_states: bool = False,
 ) -> tuple[Tensor, Sums]:
     """Runs Megatron's schedule; afterwards every `main_grad` is the step's gradient.
 
-    Returns this replica's share of the loss (a scalar) and its metric sums.
+    Returns this rank's share of the loss (a scalar; 0 but on the last stage) and its metric sums.
     """
-    student.ddp.zero_grad_buffer()
-    student.optimizer.zero_grad()
-    rows = {w.micro_batch.input_ids.shape for w in work}
+    student.zero_grad()
+
+    def observe(part: MicroBatch, result: LossResult) -> Any:
+        return result.loss.detach(), token_metrics(objective, part, result)
+
+    seen = run_schedule(student, work, objective, observe, from_hidden_states=from_hidden_states)
+    loss = sum((loss for loss, _ in seen), torch.zeros((), device=student.groups.device))
+    return loss, add_up(sums for _, sums in seen)
+
+
+def run_schedule(
+    student: Student,
+    work: Sequence[Work],
+    objective: Objective,
+    observe: Observe,
+    *,
+    forward_only: bool = False,
+    from_hidden_states: bool = False,
+) -> list[Any]:
+    """What `observe` makes of each micro-batch's result, on the last stage; [] elsewhere.
+
+    `from_hidden_states`: the loss projects with the LM head itself, instead of reading the
+    output layer's logits.
+    """
+    groups = student.groups
+
+    def forward_step(data: Iterator[Work], chunk: torch.nn.Module):  # type: ignore[no-untyped-def]
+        """Megatron's: this chunk's output, and the closure that makes the loss of the last."""
+        item = next(data)
+        if from_hidden_states:
+            with student.model.last_chunk.handing_over_hidden_states():
+                output = forward(chunk, item.part)
+        else:
+            output = forward(chunk, item.part)
+
+        def loss_function(output: Tensor):  # type: ignore[no-untyped-def]
+            rows = _hidden_rows(student, output) if from_hidden_states else output.flatten(0, 1)
+            result = objective.loss(
+                rows,
+                item.part,
+                Scores(
+                    item.teacher.take() if item.teacher else None,
+                    item.reference.take() if item.reference else None,
+                ),
+                group=groups.tp_group,
+                vocab_size=student.model.true_vocab_size,
+            )
+            # Megatron's token count; nothing divides by it.
+            count = torch.ones((), dtype=torch.int, device=output.device)
+            return result.loss, count, {"seen": observe(item.part, result)}
+
+        return output, loss_function
+
+    chunks = list(student.ddp)
     outputs = get_forward_backward_func()(
-        forward_step_func=lambda data, model: forward_step(data, model, student, objective),
-        data_iterator=iter(work),
-        model=student.ddp,
+        forward_step_func=forward_step,
+        data_iterator=[iter(work) for _ in chunks],
+        model=chunks,
         num_microbatches=len(work),
-        seq_length=max(shape[1] for shape in rows),
-        micro_batch_size=max(shape[0] for shape in rows),
+        seq_length=work[0].part.shape[1],  # pipeline stages tell each other the real shapes
+        micro_batch_size=work[0].part.shape[0],
         forward_only=forward_only,
     )
-    loss = torch.stack([o["loss"] for o in outputs]).sum()
-    return loss, add_up(o["sums"] for o in outputs)
+    return [o["seen"] for o in outputs]
 
 
-def forward_step(  # type: ignore[no-untyped-def]
-    data: Iterator[Work], model: torch.nn.Module, student: Student, objective: Objective
-):
-    """Megatron's forward step: the student's local logits, and the closure that makes the loss."""
-    work = next(data)
-    batch = work.micro_batch
-    logits = model(batch.input_ids, batch.position_ids, None)  # [R, L, V]
-
-    def loss_function(output: Tensor):  # type: ignore[no-untyped-def]
-        result = objective.loss(
-            output.flatten(0, 1),
-            batch,
-            work.scores,
-            work.token_scale,
-            group=student.groups.tp_group,
-            vocab_size=student.module.true_vocab_size,
+def _hidden_rows(student: Student, hidden: Tensor) -> Rows:
+    """The student's (hidden [T, D], LM-head shard) with gradients to both."""
+    groups = student.groups
+    if student.model.last_chunk.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False, group=groups.tp_group
         )
-        logged = {
-            "loss": result.loss.detach(),
-            "sums": token_metrics(objective, batch, result),
-        }
-        # Megatron's token count; nothing divides by it.
-        return result.loss, torch.ones((), dtype=torch.int, device=output.device), logged
+    return hidden.transpose(0, 1).flatten(0, 1), student.model.last_chunk.lm_head_weight()
 
-    return logits, loss_function
+
+def _in_layout_of(teacher: Frozen, model: ShardedModel, config: Config) -> ShardedModel:
+    """The student's weights under the teacher's layout: a copy, if that is another."""
+    groups = teacher.model.groups
+    if groups is model.groups:
+        return model
+    copy = build_model(
+        model.hf_config,
+        groups,
+        dtype=model.dtype,
+        transformer_impl=config.model.transformer_impl,
+        trainable=False,
+    )
+    load_stream(copy, iter_hf_weights(model), source="the student")
+    return copy
 
 
 def gather_metrics(
-    student: Student, loss: Tensor, sums: Sums, work: Sequence[Work]
+    groups: Groups, loss: Tensor, sums: Sums, work: Sequence[Work]
 ) -> dict[str, float]:
-    """The step's loss over the global batch and the means of everything counted per token."""
-    group, device = student.groups.dp_group, student.groups.device
-    total = loss.detach().double().clone()
-    dist.all_reduce(total, group=group)
-    names: list[list[str]] = [[] for _ in range(group.size())]
-    dist.all_gather_object(names, sorted(sums), group=group)
-    tokens = torch.tensor(sum(int(w.micro_batch.loss_mask.sum()) for w in work), device=device)
-    dist.all_reduce(tokens, group=group)
-    means = reduced_means(sums, {n for shard in names for n in shard}, group, device)
-    return {"train/loss": total.item(), "train/tokens": float(tokens), **means}
+    """The step's loss over the global batch and the means of everything counted per token.
+
+    The ranks that compute the same tokens' loss have one speaker (`Groups.counts_tokens`).
+    """
+    device, speaks = groups.device, groups.counts_tokens
+    own = sums if speaks else {}
+    tokens = sum(int(w.part.loss_mask.sum()) for w in work) if speaks else 0
+    total = torch.stack(
+        [
+            loss.detach().double()
+            if speaks
+            else torch.zeros((), dtype=torch.double, device=device),
+            torch.tensor(float(tokens), dtype=torch.double, device=device),
+        ]
+    )
+    dist.all_reduce(total)
+    names = gather_objects(sorted(own))
+    means = reduced_means(own, {n for some in names for n in some}, None, device)
+    return {"train/loss": total[0].item(), "train/tokens": total[1].item(), **means}
 
 
-def measure_tie_width(student: Student, rollouts: Sequence[Rollout], config: Config) -> float:
+def measure_tie_width(
+    student: Student, teacher: Frozen, rollouts: Sequence[Rollout], config: Config
+) -> float:
     """gate.eps for `auto`: twice the largest |a2| when the student is its own teacher.
 
-    The teacher's side goes through the real frozen path and the student's through the trainer's
-    forward, so that what differs is exactly what must not open the gate.
+    The teacher's side goes through the real frozen path, in the teacher's layout, and the student's
+    through the trainer's forward, so that what differs is exactly what must not open the gate.
     """
     objective = Objective.of(config, eps=0.0)
-    mirror = Frozen(student.module, student.groups)
-    work = prepare(mirror, mirror, rollouts, objective, config, student)
-    largest = torch.zeros((), device=student.groups.device)
-    with torch.no_grad():
-        for w in work:
-            batch = w.micro_batch
-            logits = student.ddp(batch.input_ids, batch.position_ids, None)
-            result = objective.loss(
-                logits.flatten(0, 1),
-                batch,
-                w.scores,
-                w.token_scale,
-                group=student.groups.tp_group,
-                vocab_size=student.module.true_vocab_size,
-            )
-            stats = result.statistics
-            assert stats.teacher_logprobs is not None, "the mirror scored every token"
-            a2 = (stats.teacher_logprobs - stats.student_logprobs).abs()
-            largest = torch.maximum(largest, a2.max())
+    mirror = Frozen(_in_layout_of(teacher, student.model, config), student.groups)
+    work = prepare(mirror, mirror, rollouts, objective, config, student.groups).work
+
+    def largest_gap(part: MicroBatch, result: LossResult) -> Tensor:
+        stats = result.statistics
+        assert stats.teacher_logprobs is not None, "the mirror scored every token"
+        return (stats.teacher_logprobs - stats.student_logprobs).abs().max()
+
+    seen = run_schedule(student, work, objective, largest_gap, forward_only=True)
+    largest = torch.stack([torch.zeros((), device=student.groups.device), *seen]).max()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return EPS_MARGIN * float(largest)

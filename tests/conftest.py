@@ -15,7 +15,9 @@ def pool() -> Iterator[Callable[[int], Pool]]:
     pools: dict[int, Pool] = {}
 
     def of(world_size: int) -> Pool:
-        return pools.setdefault(world_size, Pool(world_size))
+        if world_size not in pools:
+            pools[world_size] = Pool(world_size)
+        return pools[world_size]
 
     yield of
     for each in pools.values():

@@ -24,16 +24,16 @@ from megatron_sgopd.hf_weights import (
     load_stream,
 )
 from megatron_sgopd.metrics import reduced_means
-from megatron_sgopd.model import DistillationGPTModel, build_model
-from megatron_sgopd.parallel import Groups
+from megatron_sgopd.model import ShardedModel, build_model
+from megatron_sgopd.parallel import Groups, inner_groups
 from megatron_sgopd.types import Completion, Request
 from tests.layouts import layout
 
 CPU = torch.device("cpu")
 
 
-def build(path: str, groups: Groups, **options: Any) -> DistillationGPTModel:
-    settings = {"dtype": torch.float32, "make_vocab_size_divisible_by": 4, "trainable": False}
+def build(path: str, groups: Groups, **options: Any) -> ShardedModel:
+    settings = {"dtype": torch.float32, "trainable": False}
     return build_model(read_hf_config(Path(path)), groups, **{**settings, **options})
 
 
@@ -54,9 +54,10 @@ def compare_with_transformers(
     path: str, tp: int, lengths: Sequence[int], divisible_by: int = 4
 ) -> Comparison:
     """Right-padded batches; only the real positions are compared."""
-    with layout(tp) as groups:
-        model = build(path, groups, make_vocab_size_divisible_by=divisible_by)
-        load_hf_weights(model, Path(path), groups)
+    with layout(tp, make_vocab_size_divisible_by=divisible_by) as groups:
+        model = build(path, groups)
+        chunk = model.last_chunk
+        load_hf_weights(model, Path(path))
         reference: Any = AutoModelForCausalLM.from_pretrained(
             path, attn_implementation="eager", dtype=torch.float32
         ).eval()
@@ -67,16 +68,16 @@ def compare_with_transformers(
         positions = torch.arange(shape[1]).expand(shape)
         with torch.no_grad():
             expected = reference(input_ids=ids, attention_mask=real.long()).logits
-            local = model(ids, positions, None)
-            with model.handing_over_hidden_states():
-                hidden = model(ids, positions, None)
-            again = hidden.transpose(0, 1) @ model.lm_head_weight().T
-        assert hidden.shape == (shape[1], shape[0], model.config.hidden_size)
+            local = chunk(ids, positions, None)
+            with chunk.handing_over_hidden_states():
+                hidden = chunk(ids, positions, None)
+            again = hidden.transpose(0, 1) @ chunk.lm_head_weight().T
+        assert hidden.shape == (shape[1], shape[0], chunk.config.hidden_size)
         logits = gather_last(local, groups)[..., : model.true_vocab_size]
         return Comparison(
             relative_error(logits[real], expected[real]),
             relative_error(again, local),
-            (model.vocab_size, model.lm_head_weight().shape[0]),
+            (chunk.vocab_size, chunk.lm_head_weight().shape[0]),
             groups.tp_size * local.shape[-1] - model.true_vocab_size,
         )
 
@@ -110,7 +111,7 @@ def built_modes(path: str) -> dict[bool, tuple[bool, set[bool], set[torch.dtype]
     with layout() as groups:
         return {
             trainable: (
-                model.training,
+                model.last_chunk.training,
                 {p.requires_grad for p in model.parameters()},
                 {p.dtype for p in model.parameters()},
             )
@@ -119,9 +120,15 @@ def built_modes(path: str) -> dict[bool, tuple[bool, set[bool], set[torch.dtype]
         }
 
 
-def refusal(path: str, tp: int, changes: dict[str, Any], **options: Any) -> str | None:
+def refusal(
+    path: str,
+    tp: int,
+    changes: dict[str, Any],
+    parallel: dict[str, Any] | None = None,
+    **options: Any,
+) -> str | None:
     """What `build_model` says to a changed config; None where it says nothing."""
-    with layout(tp) as groups:
+    with layout(tp, **(parallel or {})) as groups:
         config = read_hf_config(Path(path))
         for key, value in changes.items():
             setattr(config, key, value)
@@ -156,43 +163,54 @@ def digests(stream: Iterable[tuple[str, Tensor]]) -> list[Digest]:
     ]
 
 
-def round_trip(path: str, tp: int, dtype: torch.dtype, out: str | None = None) -> list[Digest]:
-    """Loads, streams back, and writes the stream to `out` if given."""
-    with layout(tp) as groups:
-        model = build(path, groups, dtype=dtype)
-        load_hf_weights(model, Path(path), groups)
+def round_trip(
+    path: str,
+    tp: int,
+    dtype: torch.dtype,
+    out: str | None = None,
+    parallel: dict[str, Any] | None = None,
+    own: tuple[int, int] | None = None,
+) -> list[Digest]:
+    """Loads, streams back, and writes the stream to `out` if given.
+
+    `own`: (TP, PP) of a frozen model on the ranks of the layout.
+    """
+    with layout(tp, **{"make_vocab_size_divisible_by": 4, **(parallel or {})}) as groups:
+        model = build(path, inner_groups(groups, *(own or (None, None))), dtype=dtype)
+        load_hf_weights(model, Path(path))
         if out is not None:
-            stream = iter_hf_weights(model, groups)
+            stream = iter_hf_weights(model)
             write_hf_dir(Path(out), model.hf_config, stream, Path(path), writes=groups.rank == 0)
             dist.barrier()
-        return digests(iter_hf_weights(model, groups))
+        return digests(iter_hf_weights(model))
 
 
 def padded_rows(path: str, tp: int) -> float:
     """The largest entry of the embedding and head rows beyond the true vocabulary."""
-    with layout(tp) as groups:
-        model = build(path, groups, make_vocab_size_divisible_by=16)
-        load_hf_weights(model, Path(path), groups)
-        rows = [model.embedding.word_embeddings.weight, model.lm_head_weight()]
+    with layout(tp, make_vocab_size_divisible_by=16) as groups:
+        model = build(path, groups)
+        load_hf_weights(model, Path(path))
+        chunk = model.last_chunk
+        rows = [chunk.embedding.word_embeddings.weight, chunk.lm_head_weight()]
         local = torch.cat([r.T for r in rows])
         return gather_last(local, groups)[:, model.true_vocab_size :].abs().max().item()
 
 
-def random_weights(path: str, tp: int, seed: int) -> list[Digest]:
-    with layout(tp) as groups:
+def random_weights(
+    path: str, tp: int, seed: int, parallel: dict[str, Any] | None = None
+) -> list[Digest]:
+    with layout(tp, **(parallel or {})) as groups:
         model = build(path, groups)
-        init_random_weights(model, seed, groups)
-        return digests(iter_hf_weights(model, groups))
+        init_random_weights(model, seed)
+        return digests(iter_hf_weights(model))
 
 
 def random_spread(path: str) -> dict[str, tuple[float, float]]:
     """name -> (mean, standard deviation) of freshly drawn weights."""
     with layout() as groups:
         model = build(path, groups)
-        init_random_weights(model, 3, groups)
-        return {
-            name: (x.mean().item(), x.std().item()) for name, x in iter_hf_weights(model, groups)
-        }
+        init_random_weights(model, 3)
+        return {name: (x.mean().item(), x.std().item()) for name, x in iter_hf_weights(model)}
 
 
 def load_error(path: str, tp: int, case: str) -> str | None:
@@ -200,7 +218,7 @@ def load_error(path: str, tp: int, case: str) -> str | None:
     with layout(tp) as groups:
         model = build(path, groups)
         try:
-            load_stream(model, spoilt(iter_safetensors(Path(path)), case), groups, "the test")
+            load_stream(model, spoilt(iter_safetensors(Path(path)), case), "the test")
         except ValueError as error:
             return str(error)
     return None
@@ -241,9 +259,9 @@ def answers(path: str, requests: list[Request]) -> list[Completion]:
     """A replica of TP 2 answers; the weights come through Megatron's stream."""
     with layout(2) as groups:
         model = build(path, groups)
-        load_hf_weights(model, Path(path), groups)
+        load_hf_weights(model, Path(path))
         engine = EmbeddedEngine(model.hf_config, group=groups.replica_group, device=CPU)
-        engine.push_weights(iter_hf_weights(model, groups), 1)
+        engine.push_weights(iter_hf_weights(model), 1)
         return engine.generate(requests)
 
 

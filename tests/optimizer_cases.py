@@ -21,8 +21,9 @@ class Trained:
     """A tiny model under the distributed optimizer, with gradients drawn from the step's seed."""
 
     def __init__(self, path: str, groups: Groups) -> None:
-        self.module = build(path, groups, trainable=True)
-        load_hf_weights(self.module, Path(path), groups)
+        model = build(path, groups, trainable=True)
+        load_hf_weights(model, Path(path))
+        (self.module,) = model.chunks
         self.ddp = DistributedDataParallel(
             self.module.config,
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),

@@ -10,6 +10,7 @@ gets fresh ones, since the other ranks may sit in a collective.
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class Pool:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._workers: list[tuple[Any, Connection]] = []
-        self._folder = Path(tempfile.mkdtemp(prefix=f"sgopd-pool-{world_size}-"))
+        self._folder = Path()  # while the ranks are up
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_S
@@ -64,7 +65,8 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp(dir=self._folder)) / "store"
+        self._folder = Path(tempfile.mkdtemp(prefix=f"sgopd-pool-{self.world_size}-"))
+        store = self._folder / "store"
         for rank in range(self.world_size):
             mine, theirs = context.Pipe()
             process = context.Process(
@@ -94,4 +96,6 @@ class Pool:
             process.kill()
         for process, _ in self._workers:
             process.join(10)
+        if self._workers:
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._workers = []

@@ -1,24 +1,30 @@
 """One optimizer step under a layout, and the formula it must equal, written out in float64.
 
-Rank functions of test_train_step; they run in the worker pool.
+`expected` works the formula out, once, in the test's own process; the rank functions that are
+compared with it run in the worker pool.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 from megatron_sgopd import sgopd
 from megatron_sgopd.config.schema import (
     Config,
     DistillConfig,
+    FrozenConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -30,7 +36,7 @@ from megatron_sgopd.hf_weights import iter_hf_weights, load_hf_weights
 from megatron_sgopd.loss import Objective
 from megatron_sgopd.metrics import Clock
 from megatron_sgopd.model import build_model
-from megatron_sgopd.parallel import Groups
+from megatron_sgopd.parallel import Groups, inner_groups
 from megatron_sgopd.student import Student, make_student
 from megatron_sgopd.train_step import accumulate_gradients, gather_metrics, prepare, train_step
 from megatron_sgopd.types import Completion, Prompt, Rollout
@@ -54,17 +60,29 @@ class StepCase:
     order: int | None = None  # shuffle the rollouts with this seed
     long_first: bool = False  # a replica with one long sequence and its neighbours short
     mask_truncated: bool = True
+    parallel: tuple[tuple[str, Any], ...] = ()  # other fields of ParallelConfig
+    frozen: tuple[tuple[str, Any], ...] = ()  # fields of the teacher's and reference's config
+    offload_optimizer: bool = False
+    from_hidden_states: bool = False
+    dtype: str = "float32"
+    flash: bool = False  # let torch take its flash kernel
+
+    def problem(self) -> StepCase:
+        """The case without its layout: what decides the numbers."""
+        plain = StepCase(self.student, self.teacher, self.reference, self.vocab)
+        kept = ("estimator", "method", "aggregation", "seed", "order", "mask_truncated")
+        return replace(plain, **{name: getattr(self, name) for name in kept})
 
 
 def config_of(case: StepCase) -> Config:
     return Config(
         name="step",
-        model=ModelConfig(dtype="float32"),
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=case.tp,
-            micro_batch_size=case.micro_batch_size,
-            make_vocab_size_divisible_by=1,
+        model=ModelConfig(
+            dtype=case.dtype,  # type: ignore[arg-type]
+            teacher=FrozenConfig(**dict(case.frozen)),
+            reference=FrozenConfig(**dict(case.frozen)),
         ),
+        parallel=parallel_of(case),
         distill=DistillConfig(
             method=case.method,  # type: ignore[arg-type]
             estimator=case.estimator,  # type: ignore[arg-type]
@@ -73,7 +91,17 @@ def config_of(case: StepCase) -> Config:
             chunk_tokens=16,
         ),
         rollout=RolloutConfig(tis="token", tis_cap=1.5),
-        optimizer=OptimizerConfig(lr=1e-3, clip_grad=1.0, weight_decay=0.1),
+        optimizer=OptimizerConfig(
+            lr=1e-3, clip_grad=1.0, weight_decay=0.1, offload=case.offload_optimizer
+        ),
+    )
+
+
+def parallel_of(case: StepCase) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=case.tp,
+        micro_batch_size=case.micro_batch_size,
+        **{"make_vocab_size_divisible_by": 1, **dict(case.parallel)},
     )
 
 
@@ -82,6 +110,11 @@ def config_of(case: StepCase) -> Config:
 
 def draw_rollouts(case: StepCase) -> list[Rollout]:
     """Eight ragged rollouts: 1 to 60 tokens, one empty, one truncated, one of the teacher."""
+    return list(_draw_rollouts(case.problem()))
+
+
+@lru_cache(maxsize=64)  # many layouts are tried on few problems
+def _draw_rollouts(case: StepCase) -> list[Rollout]:
     models = {name: hf_model(getattr(case, name)) for name in ("student", "teacher")}
     rng = random.Random(case.seed)
     lengths = [60, 1, 0, 7, 23, 2, 41, 12]
@@ -147,12 +180,12 @@ def token_logprobs(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...])
 # -- the formula, in float64, one sequence at a time -----------------------------------------------
 
 
-def formula(case: StepCase, rollouts: list[Rollout]) -> tuple[float, dict[str, Tensor]]:
+def formula(case: StepCase) -> tuple[float, dict[str, Tensor]]:
     """The step's loss and gradient by Hugging Face models and autograd, term by term."""
     student, teacher, reference = (
         hf_model(getattr(case, name)) for name in ("student", "teacher", "reference")
     )
-    config = config_of(case)
+    config, rollouts = config_of(case), draw_rollouts(case)
     lengths = [_loss_tokens(r, case) for r in rollouts]
     terms = []
     for rollout, length in zip(rollouts, lengths, strict=True):
@@ -208,23 +241,47 @@ class Parts:
     objective: Objective
 
 
+@contextmanager
+def groups_of(case: StepCase) -> Iterator[Groups]:
+    """The case's layout, and attention by torch's plain kernel.
+
+    On CPU the flash kernel's exponential is an approximation: gradients come out 1e-5 to 3e-5 off
+    in fp32 on one rank already, more than any layout adds (test_the_flash_kernel_is_less_exact).
+    """
+    kernels = [SDPBackend.MATH, *([SDPBackend.FLASH_ATTENTION] if case.flash else [])]
+    with layout(tp=case.tp, **dict(case.parallel)) as groups, sdpa_kernel(kernels):
+        yield groups
+
+
 def assemble_parts(case: StepCase, groups: Groups) -> Parts:
     config = config_of(case)
-    modules = {}
+    dtype = getattr(torch, case.dtype)
+    models = {}
     for name in ("student", "teacher", "reference"):
         path = Path(getattr(case, name))
-        modules[name] = build_model(
-            read_hf_config(path),
-            groups,
-            dtype=torch.float32,
-            make_vocab_size_divisible_by=1,
-            trainable=name == "student",
+        own = groups
+        if name != "student":
+            f = config.model.teacher
+            own = inner_groups(groups, f.tensor_model_parallel_size, f.pipeline_model_parallel_size)
+        models[name] = build_model(
+            read_hf_config(path), own, dtype=dtype, trainable=name == "student"
         )
-        load_hf_weights(modules[name], path, groups)
+        load_hf_weights(models[name], path)
+    budget = config.parallel.hidden_states_budget_mb
+    frozen = [
+        Frozen(
+            models[name],
+            groups,
+            config.model.teacher.offload,
+            None if budget is None else budget * 2**20,
+        )
+        for name in ("teacher", "reference")
+    ]
+    for each in frozen:
+        each.park()
     return Parts(
-        make_student(modules["student"], config, groups),
-        Frozen(modules["teacher"], groups),
-        Frozen(modules["reference"], groups),
+        make_student(models["student"], config),
+        *frozen,
         groups,
         config,
         Objective.of(config, eps=0.0),
@@ -238,63 +295,98 @@ def my_share(rollouts: list[Rollout], groups: Groups, case: StepCase) -> list[Ro
     return rollouts[groups.dp_rank * size : (groups.dp_rank + 1) * size]
 
 
-def full_gradients(parts: Parts) -> dict[str, Tensor]:
+def full_gradients(student: Student) -> dict[str, Tensor]:
     """Every main_grad as a Hugging Face tensor, through the weight stream."""
-    module = parts.student.module
-    kept = {n: p.data for n, p in module.named_parameters()}
-    for p in module.parameters():
+    for ddp in student.ddp:
+        if ddp.ddp_config.use_distributed_optimizer:
+            _gather_gradient_shards(ddp)
+    parameters = list(student.model.parameters())
+    kept = [p.data for p in parameters]
+    for p in parameters:
         p.data = p.main_grad.clone()
-    gradients = {n: g.clone() for n, g in iter_hf_weights(module, parts.groups)}
-    for n, p in module.named_parameters():
-        p.data = kept[n]
+    gradients = {n: g.clone() for n, g in iter_hf_weights(student.model)}
+    for p, data in zip(parameters, kept, strict=True):
+        p.data = data
     return gradients
 
 
-def gradient_errors(case: StepCase) -> dict[str, Any]:
+def _gather_gradient_shards(ddp: Any) -> None:
+    """After a reduce-scatter each data parallel rank has its share of a bucket summed up."""
+    group = ddp.intra_dp_cp_group
+    for buffer in ddp.buffers:
+        for bucket in buffer.buckets:
+            mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            shards = [torch.empty_like(mine) for _ in range(group.size())]
+            dist.all_gather(shards, mine, group=group)
+            bucket.grad_data.copy_(torch.cat(shards))
+
+
+def gradients_of(case: StepCase, parts: Parts, rollouts: list[Rollout]) -> tuple[Any, Any]:
+    """(metrics, gradients) of one step's schedule, without the update."""
+    prepared = prepare(
+        parts.teacher,
+        parts.reference,
+        my_share(rollouts, parts.groups, case),
+        parts.objective,
+        parts.config,
+        parts.groups,
+    )
+    loss, sums = accumulate_gradients(
+        parts.student,
+        prepared.work,
+        parts.objective,
+        from_hidden_states=case.from_hidden_states,
+    )
+    metrics = gather_metrics(parts.groups, loss, sums | prepared.sums, prepared.work)
+    return metrics, full_gradients(parts.student)
+
+
+def gradient_errors(case: StepCase, expected: Expected) -> dict[str, Any]:
     """|loss - formula| and max|d|/max|ref| of each gradient, on this rank."""
-    rollouts = draw_rollouts(case)
-    expected_loss, expected = formula(case, rollouts)
-    with layout(tp=case.tp) as groups:
+    with groups_of(case) as groups:
         parts = assemble_parts(case, groups)
-        work = prepare(
-            parts.teacher,
-            parts.reference,
-            my_share(rollouts, groups, case),
-            parts.objective,
-            parts.config,
-            parts.student,
-        )
-        loss, sums = accumulate_gradients(parts.student, work, parts.objective)
-        metrics = gather_metrics(parts.student, loss, sums, work)
-        gradients = full_gradients(parts)
-    missing = set(expected) ^ set(gradients)
+        metrics, gradients = gradients_of(case, parts, expected.rollouts)
     return {
-        "missing": missing,
-        "loss": abs(metrics["train/loss"] - expected_loss) / max(abs(expected_loss), 1e-30),
+        "missing": set(expected.gradients) ^ set(gradients),
+        "loss": abs(metrics["train/loss"] - expected.loss) / max(abs(expected.loss), 1e-30),
         "gradients": {
             n: float((gradients[n].double() - g).abs().max() / g.abs().max())
-            for n, g in expected.items()
+            for n, g in expected.gradients.items()
             if n in gradients
         },
         "metrics": metrics,
         "frozen_gradients": sum(
             p.grad is not None or p.requires_grad or hasattr(p, "main_grad")
             for frozen in (parts.teacher, parts.reference)
-            for p in frozen.module.parameters()
+            for p in frozen.model.parameters()
         ),
     }
 
 
-def step_errors(case: StepCase) -> dict[str, float]:
-    """Largest weight error after one optimizer step, against torch's AdamW in float64."""
-    rollouts = draw_rollouts(case)
+@dataclass(frozen=True)
+class Expected:
+    """A problem's rollouts and its right answers in float64, without any layout."""
+
+    rollouts: list[Rollout]
+    loss: float
+    gradients: dict[str, Tensor]
+    norm: float  # of all gradients
+    weights: dict[str, Tensor]  # after one step of torch's AdamW
+
+
+def expected(case: StepCase) -> Expected:
+    answer = _expected(replace(case.problem(), order=None))
+    return replace(answer, rollouts=draw_rollouts(case))
+
+
+@lru_cache(maxsize=32)
+def _expected(case: StepCase) -> Expected:
     config = config_of(case)
-    _, gradients = formula(case, rollouts)
-    norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))  # type: ignore[arg-type]
-    student = hf_model(case.student)
-    parameters = dict(student.named_parameters())
+    loss, gradients = formula(case)
+    norm = float(torch.sqrt(sum((g**2).sum() for g in gradients.values())))  # type: ignore[arg-type]
+    parameters = dict(hf_model(case.student).named_parameters())
     for name, p in parameters.items():
-        p.grad = gradients[name] * min(1.0, config.optimizer.clip_grad / (float(norm) + 1e-6))
+        p.grad = gradients[name] * min(1.0, config.optimizer.clip_grad / (norm + 1e-6))
     o = config.optimizer
     torch.optim.AdamW(
         [
@@ -305,30 +397,51 @@ def step_errors(case: StepCase) -> dict[str, float]:
         betas=(o.adam_beta1, o.adam_beta2),
         eps=o.adam_eps,
     ).step()
-    with layout(tp=case.tp) as groups:
+    after = {n: p.detach() for n, p in parameters.items()}
+    return Expected([], loss, gradients, norm, after)
+
+
+def step_errors(case: StepCase, expected: Expected) -> dict[str, float]:
+    """Largest weight error after one optimizer step, against torch's AdamW in float64."""
+    with groups_of(case) as groups:
         parts = assemble_parts(case, groups)
         metrics = train_step(
             parts.student,
             parts.teacher,
             parts.reference,
-            my_share(rollouts, groups, case),
+            my_share(expected.rollouts, groups, case),
             parts.objective,
-            replace(parts.config),
+            parts.config,
             Clock(),
         )
-        after = {n: w.clone() for n, w in iter_hf_weights(parts.student.module, groups)}
+        after = {n: w.clone() for n, w in iter_hf_weights(parts.student.model)}
+        copies_differ = tied_copies_differ(parts.student, after)
     # AdamW's first step moves a weight by about lr * sign(g): where g is rounding noise its sign
     # is free, so weights are compared where the gradient stands clear of it.
     worst = 0.0
-    for name, p in parameters.items():
-        clear = gradients[name].abs() > 1e-3 * gradients[name].abs().max()
-        worst = max(worst, float(((after[name].double() - p.detach()) * clear).abs().max()))
+    for name, weight in expected.weights.items():
+        gradient = expected.gradients[name]
+        clear = gradient.abs() > 1e-3 * gradient.abs().max()
+        worst = max(worst, float(((after[name].double() - weight) * clear).abs().max()))
+    lr = parts.config.optimizer.lr
     return {
-        "weights": worst / o.lr,
-        "grad_norm": abs(metrics["train/grad_norm"] - float(norm)) / float(norm),
+        "weights": worst / lr,
+        "grad_norm": abs(metrics["train/grad_norm"] - expected.norm) / expected.norm,
         "lr": metrics["train/lr"],
-        "norm": float(norm),
+        "norm": expected.norm,
+        "copies_differ": copies_differ,
     }
+
+
+def tied_copies_differ(student: Student, weights: dict[str, Tensor]) -> float:
+    """Of a tied embedding's copy on the last pipeline stage from the one on the first."""
+    groups = student.groups
+    if "lm_head.weight" in weights or not groups.is_last_stage:
+        return 0.0
+    mine = student.model.last_chunk.lm_head_weight().detach()
+    whole = weights["model.embed_tokens.weight"]
+    rows = whole[groups.tp_rank * len(mine) : (groups.tp_rank + 1) * len(mine)]
+    return float((mine[: len(rows)] - rows).abs().max())
 
 
 def self_teacher(case: StepCase) -> dict[str, float]:
@@ -337,21 +450,13 @@ def self_teacher(case: StepCase) -> dict[str, float]:
 
     case = replace(case, teacher=case.student, reference=case.student)
     rollouts = [replace(r, source="student") for r in draw_any_rollouts(case)]
-    with layout(tp=case.tp) as groups:
+    with groups_of(case) as groups:
         parts = assemble_parts(case, groups)
         share = my_share(rollouts, groups, case)
-        eps = measure_tie_width(parts.student, share, parts.config)
-        work = prepare(
-            parts.teacher,
-            parts.reference,
-            share,
-            Objective.of(parts.config, eps),
-            parts.config,
-            parts.student,
-        )
-        loss, sums = accumulate_gradients(parts.student, work, Objective.of(parts.config, eps))
-        metrics = gather_metrics(parts.student, loss, sums, work)
-        norm = max(float(p.main_grad.abs().max()) for p in parts.student.module.parameters())
+        eps = measure_tie_width(parts.student, parts.teacher, share, parts.config)
+        parts = replace(parts, objective=Objective.of(parts.config, eps))
+        metrics, gradients = gradients_of(case, parts, rollouts)
+        norm = max(float(g.abs().max()) for g in gradients.values())
     return {"eps": eps, "open": metrics["gate/open_rate"], "gradient": norm}
 
 

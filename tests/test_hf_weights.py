@@ -64,6 +64,44 @@ def test_the_round_trip_is_bit_identical_on_every_rank(
     assert sorted(digests(iter_safetensors(out))) == expected
 
 
+LAYOUTS: dict[str, tuple[int, int, dict[str, int], tuple[int, int] | None]] = {
+    # name -> (ranks, TP, layout, a frozen model's own (TP, PP))
+    "PP2": (2, 1, {"pipeline_model_parallel_size": 2}, None),
+    "PP2 VPP2": (
+        2,
+        1,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        None,
+    ),
+    "CP2": (2, 1, {"context_parallel_size": 2}, None),
+    "TP2 PP2": (4, 2, {"pipeline_model_parallel_size": 2}, None),
+    "TP2, its own TP1": (2, 2, {}, (1, 1)),
+    "PP2, its own TP2": (2, 1, {"pipeline_model_parallel_size": 2}, (2, 1)),
+    "TP2 PP2, its own PP4": (4, 2, {"pipeline_model_parallel_size": 2}, (1, 4)),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_round_trip_is_bit_identical_in_every_layout(
+    name: str, tied: bool, pool: Any, tmp_path: Path
+) -> None:
+    """Five layers, which neither two nor four stages can share equally."""
+    world, tp, parallel, own = LAYOUTS[name]
+    path = make_hf_dir(tmp_path / "hf", 5, layers=5, vocab=37, tied=tied)
+    expected = sorted(digests(iter_safetensors(path)))
+    streams = pool(world).run(
+        model_cases.round_trip, str(path), tp, torch.float32, None, parallel, own
+    )
+    for stream in streams:
+        assert sorted(stream) == expected
+        assert stream == streams[0]
+    if own is None:
+        one = pool(1).run(model_cases.random_weights, str(path), 1, 3)[0]
+        for stream in pool(world).run(model_cases.random_weights, str(path), tp, 3, parallel):
+            assert sorted(stream) == sorted(one)
+
+
 def test_fp32_weights_are_rounded_once_into_bf16(pool: Any, paths: dict[str, Path]) -> None:
     rounded = ((n, t.to(torch.bfloat16)) for n, t in iter_safetensors(paths["untied"]))
     expected = sorted(digests(rounded))

@@ -36,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, StepCase]:
 
 
 def check(pool: Any, world: int, case: StepCase) -> None:
-    for got in pool(world).run(step_cases.gradient_errors, case):
+    for got in pool(world).run(step_cases.gradient_errors, case, step_cases.expected(case)):
         assert not got["missing"]
         assert got["loss"] < TOLERANCE
         worst = max(got["gradients"], key=got["gradients"].get)
@@ -107,7 +107,8 @@ def test_tensor_and_data_parallel_together(pool: Any, models: dict[bool, StepCas
 def test_one_optimizer_step_equals_adamw(
     pool: Any, models: dict[bool, StepCase], world: int, tp: int
 ) -> None:
-    for got in pool(world).run(step_cases.step_errors, replace(models[False], tp=tp)):
+    case = replace(models[False], tp=tp)
+    for got in pool(world).run(step_cases.step_errors, case, step_cases.expected(case)):
         assert got["norm"] > 1.0  # so that clipping acts
         assert got["grad_norm"] < 1e-5
         assert got["lr"] == pytest.approx(1e-3)

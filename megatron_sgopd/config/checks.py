@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.layout import check_models, layout_problems, replica_size
 from megatron_sgopd.config.load import flatten
 from megatron_sgopd.config.schema import Config
 
@@ -20,8 +17,16 @@ AT_LEAST_ONE = (
     "num_steps",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
+    "parallel.virtual_pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
     "parallel.data_parallel_size",
     "parallel.micro_batch_size",
+    "parallel.micro_batch_tokens",
+    "parallel.recompute_num_layers",
+    "model.teacher.tensor_model_parallel_size",
+    "model.teacher.pipeline_model_parallel_size",
+    "model.reference.tensor_model_parallel_size",
+    "model.reference.pipeline_model_parallel_size",
     "parallel.make_vocab_size_divisible_by",
     "distill.chunk_tokens",
     "distill.phases.attempts",
@@ -52,6 +57,7 @@ NOT_NEGATIVE = (
     "logging.rollouts_kept",
     "distill.phases.ce_weight",
     "distill.gate.beta",
+    "parallel.hidden_states_budget_mb",
 )
 ABOVE_ZERO = (
     "optimizer.lr",
@@ -77,7 +83,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _gate(config)
     yield from _evaluation(config)
     yield from _optimizer(config)
-    yield from _parallel(config)
+    yield from layout_problems(config)
 
 
 def resolve(config: Config, world_size: int | None = None) -> Config:
@@ -88,20 +94,20 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     """
     check(config)
     parallel, rollout = config.parallel, config.rollout
-    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    replica = replica_size(parallel)
     dp = parallel.data_parallel_size or max(1, (world_size or replica) // replica)
     if world_size is not None and dp * replica != world_size:
         raise ConfigError(
             f"{world_size} processes cannot be TP {parallel.tensor_model_parallel_size} x PP "
-            f"{parallel.pipeline_model_parallel_size} x DP {dp} = {dp * replica}: start that many, "
-            "or change parallel.*"
+            f"{parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} x DP "
+            f"{dp} = {dp * replica}: start that many, or change parallel.*"
         )
     if rollout.num_prompts % dp:
         raise ConfigError(
             f"rollout.num_prompts is {rollout.num_prompts}, which {dp} data-parallel replicas "
             f"(parallel.data_parallel_size) cannot share equally: use a multiple of {dp}"
         )
-    _check_models(config)
+    check_models(config)
     tis = rollout.tis
     if tis == "auto":
         method = config.distill.method  # grpo has no teacher whose whole vocabulary it could read
@@ -125,7 +131,7 @@ def _ranges(config: Config) -> Iterator[str]:
         if values[key] is not None and values[key] < 1:
             yield f"{key} is {values[key]}; it must be at least 1"
     for key in NOT_NEGATIVE:
-        if values[key] < 0:
+        if values[key] is not None and values[key] < 0:
             yield f"{key} is {values[key]}; it must not be negative"
     for key in ABOVE_ZERO:
         if values[key] is not None and values[key] <= 0:
@@ -265,43 +271,3 @@ def _optimizer(config: Config) -> Iterator[str]:
     for key in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(o, key) < 1:
             yield f"optimizer.{key} is {getattr(o, key)}; from 0 to below 1"
-
-
-def _parallel(config: Config) -> Iterator[str]:
-    p = config.parallel
-    if p.pipeline_model_parallel_size > 1:
-        yield (
-            f"parallel.pipeline_model_parallel_size is {p.pipeline_model_parallel_size}; 1 is what "
-            "is supported so far: use tensor and data parallelism"
-        )
-    impl = config.model.transformer_impl
-    if impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        yield (
-            "model.transformer_impl is 'transformer_engine', which is not installed here: install "
-            "the [gpu] extra on a GPU machine, or set it to 'local'"
-        )
-
-
-def _check_models(config: Config) -> None:
-    """Heads against TP, for every model whose config.json lies on this machine."""
-    tp = config.parallel.tensor_model_parallel_size
-    for role in ("student", "teacher", "reference"):
-        path = getattr(config.model, role).hf_path
-        model = _local_model_config(path, role) if path else None
-        for key in ("num_attention_heads", "num_key_value_heads"):
-            if model and key in model and model[key] % tp:
-                raise ConfigError(
-                    f"parallel.tensor_model_parallel_size is {tp}, and the {role} ({path}) has "
-                    f"{key} {model[key]}, which {tp} ranks cannot share: use a divisor of it"
-                )
-
-
-def _local_model_config(path: str, role: str) -> dict[str, Any] | None:
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"model.{role}.hf_path: {file} is not JSON ({error})") from error
-    return loaded if isinstance(loaded, dict) else None

@@ -22,6 +22,9 @@ class StudentConfig:
 class FrozenConfig:
     hf_path: str | None = None  # teacher: required by the distilling methods;
     # reference: null is the student's initial weights (pub)
+    tensor_model_parallel_size: int | None = None  # null: the student's layout, context parallel
+    pipeline_model_parallel_size: int | None = None  # too; else its own, on the same ranks
+    offload: bool = False  # weights leave the device between uses
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,26 @@ class ModelConfig:
 class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
-    data_parallel_size: int | None = None  # null: world size / (TP x PP); 1 when started by hand
-    micro_batch_size: int = 1  # rollouts in one forward pass
+    virtual_pipeline_model_parallel_size: int | None = None  # model chunks per stage (interleaved)
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    data_parallel_size: int | None = None  # null: world / (TP x PP x CP); 1 when started by hand
+    micro_batch_size: int = 1  # rollouts in one forward pass, where micro_batch_tokens is null
+    micro_batch_tokens: int | None = None  # pack rollouts without padding up to so many tokens
+    use_distributed_optimizer: bool = False  # optimizer state shared out over data parallel ranks
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False  # with use_distributed_optimizer
+    grad_reduce_in_fp32: bool = True  # gradients add up over micro-batches and replicas in fp32
+    overlap_p2p_comm: bool | None = None  # null: with interleaved stages only
+    batch_p2p_comm: bool | None = None  # null: without interleaved stages only
+    recompute_granularity: Literal["none", "selective", "full"] = "none"  # of activations
+    recompute_method: Literal["uniform", "block"] = "uniform"  # for full
+    recompute_num_layers: int = 1  # for full: layers between two checkpoints (of each chunk)
+    recompute_modules: list[str] | None = (
+        None  # for selective; null is core_attn; also mlp, layernorm
+    )
+    hidden_states_budget_mb: float | None = None  # of frozen models' hidden states (full_vocab) on
+    # the device, per rank and model; what is beyond waits in host memory. null: no limit
     make_vocab_size_divisible_by: int = 128  # times TP; padded rows never enter a softmax
     distributed_timeout_minutes: float = 10.0
 
@@ -122,6 +143,7 @@ class OptimizerConfig:
     adam_beta2: float = 0.98
     adam_eps: float = 1e-8
     clip_grad: float = 1.0  # global L2 norm; 0 is off
+    offload: bool = False  # state and fp32 weights leave the device between updates
 
 
 @dataclass(frozen=True)

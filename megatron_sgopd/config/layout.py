@@ -1,0 +1,178 @@
+"""Layouts that cannot be, or that Megatron computes wrongly, found before anything is started."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.schema import Config, ParallelConfig
+
+ROLES = ("student", "teacher", "reference")
+RECOMPUTE_MODULES = {
+    "local": ("core_attn", "mlp"),
+    # Megatron's recomputation of norms asks Transformer Engine for its FP8 state.
+    "transformer_engine": ("core_attn", "mlp", "layernorm"),
+}
+
+
+def replica_size(parallel: ParallelConfig) -> int:
+    """Ranks of one copy of the student."""
+    return (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+
+
+def layout_problems(config: Config) -> Iterator[str]:
+    """Everything wrong with `parallel`, and with the layouts of frozen models, one message each."""
+    yield from _pipeline(config.parallel)
+    yield from _data_parallel(config.parallel)
+    yield from _micro_batches(config)
+    yield from _recompute(config)
+    yield from _frozen(config)
+    p = config.parallel
+    if p.sequence_parallel and p.tensor_model_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel is true with tensor_model_parallel_size 1, which has no "
+            "ranks to share the sequence among: set it to false, or use tensor parallelism"
+        )
+    impl = config.model.transformer_impl
+    if impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        yield (
+            "model.transformer_impl is 'transformer_engine', which is not installed here: install "
+            "the [gpu] extra on a GPU machine, or set it to 'local'"
+        )
+
+
+def _pipeline(p: ParallelConfig) -> Iterator[str]:
+    virtual, stages = p.virtual_pipeline_model_parallel_size, p.pipeline_model_parallel_size
+    if virtual is None:
+        if p.overlap_p2p_comm:
+            yield (
+                "parallel.overlap_p2p_comm is true without interleaved stages, where Megatron has "
+                "no such overlap: leave it null, or set virtual_pipeline_model_parallel_size"
+            )
+        return
+    if stages == 1 or virtual == 1:
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size is {virtual} with "
+            f"pipeline_model_parallel_size {stages}: interleaving needs 2 or more of both; leave "
+            "it null for plain pipeline parallelism"
+        )
+    if p.overlap_p2p_comm is False or p.batch_p2p_comm:
+        yield (
+            "parallel.virtual_pipeline_model_parallel_size is set with overlap_p2p_comm "
+            f"{p.overlap_p2p_comm} and batch_p2p_comm {p.batch_p2p_comm}: with these megatron-core "
+            "0.16 pairs messages between two stages wrongly and gives wrong losses without an "
+            "error. What works is overlap_p2p_comm=true with batch_p2p_comm=false, which null means"
+        )
+
+
+def _data_parallel(p: ParallelConfig) -> Iterator[str]:
+    if p.overlap_param_gather and not (p.use_distributed_optimizer and p.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather is true with use_distributed_optimizer "
+            f"{p.use_distributed_optimizer} and overlap_grad_reduce {p.overlap_grad_reduce}: "
+            "Megatron overlaps it only with both of them true"
+        )
+
+
+def _micro_batches(config: Config) -> Iterator[str]:
+    budget, rollout = config.parallel.micro_batch_tokens, config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if config.distill.method != "sft" and budget is not None and budget < longest:
+        yield (
+            f"parallel.micro_batch_tokens is {budget}, less than the longest rollout: "
+            f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens "
+            f"{rollout.max_new_tokens} = {longest}; raise it to that, or shorten them"
+        )
+
+
+def _recompute(config: Config) -> Iterator[str]:
+    p, impl = config.parallel, config.model.transformer_impl
+    if p.recompute_modules is None:
+        return
+    if p.recompute_granularity != "selective":
+        yield (
+            f"parallel.recompute_modules is {p.recompute_modules} with recompute_granularity "
+            f"{p.recompute_granularity!r}; only 'selective' reads it: set that, or leave it null"
+        )
+    allowed = RECOMPUTE_MODULES[impl]
+    if not p.recompute_modules or set(p.recompute_modules) - set(allowed):
+        yield (
+            f"parallel.recompute_modules is {p.recompute_modules}; with model.transformer_impl "
+            f"{impl!r} some of {', '.join(allowed)} are wanted"
+        )
+
+
+def _frozen(config: Config) -> Iterator[str]:
+    replica = replica_size(config.parallel)
+    for role in ("teacher", "reference"):
+        tp, pp = frozen_layout(config, role)
+        if replica % (tp * pp):
+            yield (
+                f"model.{role} has a layout of TP {tp} x PP {pp}, which does not divide the "
+                f"{replica} ranks of a replica (TP x PP x CP of parallel.*): use sizes whose "
+                "product does"
+            )
+
+
+def frozen_layout(config: Config, role: str) -> tuple[int, int]:
+    """(TP, PP) of the teacher or the reference: its own, else the student's."""
+    own, p = getattr(config.model, role), config.parallel
+    if own.tensor_model_parallel_size is None and own.pipeline_model_parallel_size is None:
+        return p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    return own.tensor_model_parallel_size or 1, own.pipeline_model_parallel_size or 1
+
+
+def check_models(config: Config) -> None:
+    """Heads against TP, layers against stages, for each model whose config.json is on this machine.
+
+    Raises:
+        ConfigError: naming the model, both numbers and the remedy.
+    """
+    p = config.parallel
+    virtual = p.virtual_pipeline_model_parallel_size or 1
+    for role in ROLES:
+        path = getattr(config.model, role).hf_path
+        model = _local_model_config(path, role) if path else None
+        if model is None:
+            continue
+        key, tp, stages = (
+            "parallel",
+            p.tensor_model_parallel_size,
+            p.pipeline_model_parallel_size * virtual,
+        )
+        if role != "student" and (layout := frozen_layout(config, role)) != (
+            p.tensor_model_parallel_size,
+            p.pipeline_model_parallel_size,
+        ):
+            key, (tp, stages) = f"model.{role}", layout
+        for heads in ("num_attention_heads", "num_key_value_heads"):
+            if heads in model and model[heads] % tp:
+                raise ConfigError(
+                    f"{key}.tensor_model_parallel_size is {tp}, and the {role} ({path}) has "
+                    f"{heads} {model[heads]}, which {tp} ranks cannot share: use a divisor of it"
+                )
+        if model.get("num_hidden_layers", stages) < stages:
+            raise ConfigError(
+                f"{key} asks for {stages} pipeline stages (pipeline_model_parallel_size x "
+                f"virtual_pipeline_model_parallel_size), and the {role} ({path}) has "
+                f"num_hidden_layers {model['num_hidden_layers']}: use no more stages than layers"
+            )
+
+
+def _local_model_config(path: str, role: str) -> dict[str, Any] | None:
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"model.{role}.hf_path: {file} is not JSON ({error})") from error
+    return loaded if isinstance(loaded, dict) else None
