@@ -6,8 +6,10 @@ Arguments and recipe are checked before torch is imported, so that help and mist
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("train", train, "run a recipe; on the same run directory, resume it"),
         ("config", show_config, "print a recipe with every default and override resolved"),
+        ("doctor", doctor, "check that a recipe's layout computes what one rank computes"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/…")
@@ -46,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
             help="such as distill.gate.lambda_high=1.5",
         )
         command.set_defaults(run=run)
+        if run is doctor:
+            command.add_argument(
+                "--parallel",
+                action="store_true",
+                required=True,
+                help="compare the layout's loss and gradients with one rank's, on tiny models",
+            )
+            command.add_argument("--result", help=argparse.SUPPRESS)  # the ranks' report, as JSON
     return parser
 
 
@@ -71,6 +82,55 @@ def train(arguments: argparse.Namespace) -> int:
         ["train", arguments.recipe, *arguments.overrides],
         run_dir,
     )
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Exit code 0: the layout is right; 1: it is not, or the self-test failed."""
+    config = load_config(arguments.recipe, arguments.overrides)
+    place = rank_environment(os.environ)
+    if place is not None:
+        os.environ.update(place)
+        return _check_on_rank(resolve(config, int(place["WORLD_SIZE"])), arguments.result)
+    resolved = resolve(config)
+    from megatron_sgopd.launch import run_ranks
+
+    # Replicas differ in their data alone: two of them show what any number would.
+    replicas = resolved.parallel.data_parallel_size or 1
+    replicas = 2 if replicas % 2 == 0 else replicas
+    ranks = replica_size(resolved.parallel) * replicas
+    print(f"{resolved.name}: starting {ranks} ranks", flush=True)
+    with tempfile.TemporaryDirectory(prefix="sgopd-doctor-") as folder:
+        result = Path(folder) / "result.json"
+        fewer = [*arguments.overrides, f"parallel.data_parallel_size={replicas}"]
+        code = run_ranks(
+            ranks,
+            ["doctor", "--parallel", "--result", str(result), arguments.recipe, *fewer],
+            Path(folder),
+        )
+        return code or int(not json.loads(result.read_text(encoding="utf-8"))["ok"])
+
+
+def _check_on_rank(config: Config, result: str | None) -> int:
+    """With `result` the verdict goes into that file, and the rank itself ends well."""
+    from megatron_sgopd.failure import die_with_parent, failing_together
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    folder = Path(result).parent if result else Path(tempfile.gettempdir())
+    rank = int(os.environ["RANK"])
+    with failing_together(folder, rank):
+        from megatron_sgopd.megatron_cpu import quiet_imports
+
+        quiet_imports()
+        from megatron_sgopd.doctor import check_parallel
+
+        report = check_parallel(config)
+    if rank == 0:
+        print("\n".join(report.lines()), flush=True)
+        if result:
+            Path(result).write_text(json.dumps({"ok": report.ok}), encoding="utf-8")
+    return 0 if result or report.ok else 1
 
 
 def is_finished(config: Config, run_dir: Path) -> bool:

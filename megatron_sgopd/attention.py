@@ -66,11 +66,10 @@ class SDPAttention(MegatronModule):
         """Sequences lie one after the other along s; `bounds` count positions of all CP ranks."""
         if self.cp_group is not None:
             return self._attend_over_ranks(query, key, value, bounds, self.cp_group)
-        parts = [
-            self._causal(*(x[begin:end] for x in (query, key, value)))
-            for begin, end in pairwise(bounds)
-            if end > begin
-        ]
+        # Split, not sliced one by one: a slice's backward is a gradient of full size.
+        lengths = [end - begin for begin, end in pairwise(bounds)]
+        pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        parts = [self._causal(q, k, v) for q, k, v in pieces if len(q)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_over_ranks(
@@ -82,17 +81,24 @@ class SDPAttention(MegatronModule):
         group: dist.ProcessGroup,
     ) -> Tensor:
         size, rank = group.size(), group.rank()
+        if odd := [end - begin for begin, end in pairwise(bounds) if (end - begin) % (2 * size)]:
+            raise ValueError(
+                f"a sequence of {odd[0]} positions cannot be cut into {2 * size} equal chunks for "
+                f"{size} context parallel ranks: pad sequences to a multiple of {2 * size}"
+            )
         shards = _GatherAlongSequence.apply(torch.cat([key, value], -1), group)  # [C, s, b, g, 2 d]
         parts = []
-        for begin, end in pairwise(b // size for b in bounds):
-            if end == begin:
+        lengths = [(end - begin) // size for begin, end in pairwise(bounds)]
+        pieces = zip(query.split(lengths), shards.split(lengths, dim=1), strict=True)
+        for queries, shard in pieces:
+            if not len(queries):
                 continue
             # Rank r's first half is chunk r, its second half chunk 2 C - 1 - r.
-            first, second = shards[:, begin:end].chunk(2, dim=1)
+            first, second = shard.chunk(2, dim=1)
             whole = torch.cat([first.flatten(0, 1), second.flip(0).flatten(0, 1)])
             k, v = whole.chunk(2, dim=-1)
-            n = (end - begin) // 2
-            early, late = query[begin : begin + n], query[begin + n : end]
+            early, late = queries.chunk(2)
+            n = len(early)
             for part, stop in ((early, (rank + 1) * n), (late, (2 * size - rank) * n)):
                 parts.append(self._causal(part, k[:stop], v[:stop]))
         return torch.cat(parts)

@@ -30,6 +30,7 @@ from megatron_sgopd.config.schema import (
     ParallelConfig,
     RolloutConfig,
 )
+from megatron_sgopd.doctor import full_gradients
 from megatron_sgopd.frozen import Frozen
 from megatron_sgopd.hf_files import read_hf_config
 from megatron_sgopd.hf_weights import iter_hf_weights, load_hf_weights
@@ -293,32 +294,6 @@ def my_share(rollouts: list[Rollout], groups: Groups, case: StepCase) -> list[Ro
         return rollouts[:1] if groups.dp_rank == 0 else rollouts[1:]
     size = len(rollouts) // groups.dp_size
     return rollouts[groups.dp_rank * size : (groups.dp_rank + 1) * size]
-
-
-def full_gradients(student: Student) -> dict[str, Tensor]:
-    """Every main_grad as a Hugging Face tensor, through the weight stream."""
-    for ddp in student.ddp:
-        if ddp.ddp_config.use_distributed_optimizer:
-            _gather_gradient_shards(ddp)
-    parameters = list(student.model.parameters())
-    kept = [p.data for p in parameters]
-    for p in parameters:
-        p.data = p.main_grad.clone()
-    gradients = {n: g.clone() for n, g in iter_hf_weights(student.model)}
-    for p, data in zip(parameters, kept, strict=True):
-        p.data = data
-    return gradients
-
-
-def _gather_gradient_shards(ddp: Any) -> None:
-    """After a reduce-scatter each data parallel rank has its share of a bucket summed up."""
-    group = ddp.intra_dp_cp_group
-    for buffer in ddp.buffers:
-        for bucket in buffer.buckets:
-            mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            shards = [torch.empty_like(mine) for _ in range(group.size())]
-            dist.all_gather(shards, mine, group=group)
-            bucket.grad_data.copy_(torch.cat(shards))
 
 
 def gradients_of(case: StepCase, parts: Parts, rollouts: list[Rollout]) -> tuple[Any, Any]:
