@@ -144,6 +144,62 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+LAYOUTS = {  # of two ranks
+    "PP2, packed": ["pipeline_model_parallel_size=2", "micro_batch_tokens=60"],
+    "PP2 x VPP2": [
+        "pipeline_model_parallel_size=2",
+        "virtual_pipeline_model_parallel_size=2",
+        "recompute_granularity=full",
+    ],
+    "DP2, distributed optimizer, overlapped, packed": [
+        "data_parallel_size=2",
+        "use_distributed_optimizer=true",
+        "overlap_grad_reduce=true",
+        "overlap_param_gather=true",
+        "micro_batch_tokens=60",
+    ],
+    "CP2, packed": ["context_parallel_size=2", "micro_batch_tokens=60"],
+    "TP2 + SP, all offloaded, teacher TP1": [
+        "tensor_model_parallel_size=2",
+        "sequence_parallel=true",
+        "hidden_states_budget_mb=0.01",
+        "optimizer.offload=true",
+        "model.teacher.offload=true",
+        "model.reference.offload=true",
+        "model.teacher.tensor_model_parallel_size=1",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_runs_in_every_layout_take_the_same_steps_and_resume_exactly(
+    pool: Any, world: Path, tmp_path: Path, name: str
+) -> None:
+    layout = ["parallel.tensor_model_parallel_size=1"]
+    for setting in LAYOUTS[name]:
+        layout.append(setting if "." in setting.split("=")[0] else f"parallel.{setting}")
+    # Four layers, enough for interleaved stages, with weights that are not the teacher's.
+    student = [f"model.student.hf_path={world}/teacher/hf", "model.student.random_init=true"]
+    student += ["checkpoint.every=2"]
+
+    def settings(run_dir: str, *more: str) -> list[str]:
+        return overrides(world, tmp_path / run_dir, *student, *more)
+
+    assert run(pool, "sg_opd", settings("plain", "num_steps=1")) == ["finished"] * 2
+    assert run(pool, "sg_opd", settings("whole", *layout)) == ["finished"] * 2
+    assert run(pool, "sg_opd", settings("cut", *layout), ("stop", 2)) == ["stopped"] * 2
+    assert run(pool, "sg_opd", settings("cut", *layout)) == ["finished"] * 2
+    plain, whole, cut = (
+        train_cases.metrics_without_time(tmp_path / name) for name in ("plain", "whole", "cut")
+    )
+    assert cut == whole
+    for key in ("rollout/accuracy", "rollout/length", "train/tokens", "gate/mixed_groups"):
+        assert whole[0][key] == plain[0][key]
+    assert whole[0]["train/grad_norm"] == pytest.approx(plain[0]["train/grad_norm"], rel=1e-3)
+    a, b = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_checkpoints_are_pruned_and_a_finished_run_stays_finished(
     pool: Any, world: Path, tmp_path: Path
 ) -> None:
