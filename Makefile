@@ -71,8 +71,8 @@ demo: venv  ## the distillation on this machine [QUICK=1] [SEED=n] [LEVEL=hard] 
 		$(if $(LEVEL),--level $(LEVEL)) $(if $(ARMS),--arms $(ARMS)) \
 		$(if $(filter-out 0,$(QUICK)),--quick)
 
-test: venv  ## the test suite [ARGS='-k gate']
-	.venv/bin/python -m pytest --durations=15 --durations-min=1 $(ARGS)
+test: venv  ## the test suite [ARGS='-k gate'] [LONG=1]
+	LONG=$(LONG) .venv/bin/python -m pytest --durations=15 --durations-min=1 $(ARGS)
 
 lint: venv  ## style, types, floors and doors
 	.venv/bin/ruff check

@@ -162,7 +162,8 @@ def inner_groups(groups: Groups, tensor: int | None, pipeline: int | None) -> Gr
     if tensor is None and pipeline is None:
         return groups
     tp, pp = tensor or 1, pipeline or 1
-    if (tp, pp) == (groups.tp_size, groups.pp_size) and groups.cp_size == 1:
+    interleaved = groups.config.virtual_pipeline_model_parallel_size is not None
+    if (tp, pp, 1) == (groups.tp_size, groups.pp_size, groups.cp_size) and not interleaved:
         return groups
     size = groups.replica_group.size()
     if size % (tp * pp):

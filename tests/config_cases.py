@@ -98,7 +98,43 @@ BAD_RANGES = {
     "distill.gate.eps=small": ["distill.gate.eps is 'small'", "'auto'"],
     "distill.gate.eps=-1e-3": ["distill.gate.eps is -0.001", "'auto'"],
     "distill.gate.lambda_high=0": ["lambda_high 0", "above 0"],
-    "parallel.pipeline_model_parallel_size=2": ["pipeline_model_parallel_size is 2", "1"],
+    "parallel.pipeline_model_parallel_size=0": ["pipeline_model_parallel_size is 0", "at least 1"],
+    "parallel.context_parallel_size=0": ["context_parallel_size is 0", "at least 1"],
+    "parallel.micro_batch_tokens=0": ["micro_batch_tokens is 0", "at least 1"],
+    "parallel.hidden_states_budget_mb=-1": ["hidden_states_budget_mb is -1", "not be negative"],
+    "model.teacher.tensor_model_parallel_size=0": ["model.teacher.tensor", "is 0", "at least 1"],
+}
+PP2 = "parallel.pipeline_model_parallel_size=2"
+VPP2 = f"{PP2} parallel.virtual_pipeline_model_parallel_size=2"
+BAD_LAYOUTS = {
+    f"{VPP2} parallel.batch_p2p_comm=true": [
+        "virtual_pipeline_model_parallel_size is set",
+        "wrong losses without an error",
+        "overlap_p2p_comm=true with batch_p2p_comm=false",
+    ],
+    f"{VPP2} parallel.overlap_p2p_comm=false": ["overlap_p2p_comm=true", "null means"],
+    "parallel.virtual_pipeline_model_parallel_size=2": ["is 2", "pipeline_model_parallel_size 1"],
+    f"{PP2} parallel.virtual_pipeline_model_parallel_size=1": ["is 1", "2 or more"],
+    f"{PP2} parallel.overlap_p2p_comm=true": ["overlap_p2p_comm is true", "leave it null"],
+    "parallel.sequence_parallel=true": ["sequence_parallel is true", "size 1", "false"],
+    "parallel.overlap_param_gather=true": ["use_distributed_optimizer False", "both of them true"],
+    "parallel.use_distributed_optimizer=true parallel.overlap_param_gather=true": [
+        "overlap_grad_reduce False",
+    ],
+    "parallel.micro_batch_tokens=18431": ["is 18431", "2048", "16384", "18432"],
+    "parallel.recompute_modules=[mlp]": ["recompute_granularity 'none'", "'selective'"],
+    "parallel.recompute_granularity=selective parallel.recompute_modules=[layernorm]": [
+        "['layernorm']",
+        "'local'",
+        "core_attn, mlp",
+    ],
+    "parallel.recompute_granularity=selective parallel.recompute_modules=[]": ["core_attn, mlp"],
+    "model.teacher.tensor_model_parallel_size=2": ["model.teacher", "TP 2 x PP 1", "1 ranks"],
+    f"{PP2} model.reference.pipeline_model_parallel_size=3": [
+        "model.reference",
+        "TP 1 x PP 3",
+        "2 ranks",
+    ],
 }
 BAD_COMBINATIONS = {
     "model.teacher.hf_path=null": ["'sg_opd'", "model.teacher.hf_path", "null"],

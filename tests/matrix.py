@@ -128,6 +128,7 @@ ROWS = [
     row("TP2, teacher PP2, packed", 2, tp=2, packed=70, teacher=(1, 2)),
     row("PP2, teacher TP2", 2, pp=2, teacher=(2, 1)),
     row("PP2 x VPP2, teacher TP2", 2, pp=2, vpp=2, teacher=(2, 1)),
+    row("PP2 x VPP2, teacher PP2 alone", 2, pp=2, vpp=2, teacher=(1, 2)),
     row("CP2, teacher TP2, packed", 2, cp=2, packed=70, teacher=(2, 1)),
     row("DP2 x TP2", 4, tp=2),
     row("DP2 x TP2 + SP, distributed optimizer", 4, tp=2, sp=True, distopt=True),

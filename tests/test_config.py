@@ -16,6 +16,7 @@ from megatron_sgopd.config.schema import Config
 from tests.config_cases import (
     BAD_COMBINATIONS,
     BAD_FILES,
+    BAD_LAYOUTS,
     BAD_NAMES,
     BAD_RANGES,
     BAD_TYPES,
@@ -48,13 +49,13 @@ def test_a_wrong_name_or_type_is_refused_with_what_is_allowed(tmp_path: Path, ov
         assert part in message
 
 
-@pytest.mark.parametrize("overrides", [*BAD_RANGES, *BAD_COMBINATIONS])
+@pytest.mark.parametrize("overrides", [*BAD_RANGES, *BAD_COMBINATIONS, *BAD_LAYOUTS])
 def test_a_value_that_cannot_be_is_refused_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refusal(tmp_path, GOOD, *overrides.split())
-    for part in (BAD_RANGES | BAD_COMBINATIONS)[overrides]:
+    for part in (BAD_RANGES | BAD_COMBINATIONS | BAD_LAYOUTS)[overrides]:
         assert part in message
 
 
@@ -243,7 +244,9 @@ def test_a_world_that_the_layout_does_not_fill_is_refused(tmp_path: Path, dp: ob
     config = load(
         tmp_path, GOOD, "parallel.tensor_model_parallel_size=2", f"parallel.data_parallel_size={dp}"
     )
-    with pytest.raises(ConfigError, match=rf"^{world} processes cannot be TP 2 x PP 1 x DP \d"):
+    with pytest.raises(
+        ConfigError, match=rf"^{world} processes cannot be TP 2 x PP 1 x CP 1 x DP \d"
+    ):
         resolve(config, world)
 
 
@@ -306,6 +309,25 @@ def test_heads_are_shared_by_the_tensor_parallel_ranks(
         resolve(config)
     for part in ("parallel.tensor_model_parallel_size is 4", role, str(model), blamed):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("role", "layers"), [("student", 3), ("teacher", 2), ("reference", 3)])
+def test_a_model_has_a_layer_for_every_pipeline_stage(
+    tmp_path: Path, role: str, layers: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
+    interleaved = [
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.virtual_pipeline_model_parallel_size=2",
+    ]
+    config = load(tmp_path, GOOD, f"model.{role}.hf_path={tmp_path}", *interleaved)
+    with pytest.raises(
+        ConfigError, match=rf"4 pipeline stages.*{role}.*num_hidden_layers {layers}"
+    ):
+        resolve(config)
+    own = [f"model.{role}.pipeline_model_parallel_size=2"] if role != "student" else []
+    if own:  # its own layout asks for fewer
+        resolve(load(tmp_path, GOOD, f"model.{role}.hf_path={tmp_path}", *interleaved, *own))
 
 
 def test_a_model_config_that_is_not_json_is_named(tmp_path: Path):

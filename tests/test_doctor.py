@@ -17,7 +17,14 @@ TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
 CP = "parallel.context_parallel_size"
 PACKED = "parallel.micro_batch_tokens=20000"
-ONE_REPLICA = "parallel.data_parallel_size=1"
+PLAIN = [  # the recipe's objective on one replica, and of its layout nothing
+    "parallel.data_parallel_size=1",
+    "parallel.sequence_parallel=false",
+    "parallel.micro_batch_tokens=null",
+    "parallel.use_distributed_optimizer=false",
+    "parallel.overlap_grad_reduce=false",
+    "parallel.recompute_granularity=none",
+]
 
 LAYOUTS = {
     "TP2": [f"{TP}=2"],
@@ -27,6 +34,13 @@ LAYOUTS = {
     "CP2 packed": [f"{TP}=1", f"{CP}=2", PACKED],
     "teacher TP1": [f"{TP}=2", "model.teacher.tensor_model_parallel_size=1"],
     "full_vocab": [f"{TP}=2", "distill.estimator=full_vocab", "rollout.tis=none"],
+    "DP2, overlapped": [
+        f"{TP}=1",
+        "parallel.data_parallel_size=2",
+        "parallel.use_distributed_optimizer=true",
+        "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true",
+    ],
 }
 FAULTS = {
     "norms are not summed over TP": ("TP2", "norm", "summed over tensor parallel ranks"),
@@ -36,7 +50,7 @@ FAULTS = {
 
 
 def check(pool: Any, layout: str, fault: str | None = None) -> Any:
-    overrides = [ONE_REPLICA, *LAYOUTS[layout]]
+    overrides = [*PLAIN, *LAYOUTS[layout]]
     first, second = pool(2).run(doctor_cases.check, RECIPE, overrides, fault)
     assert first == second
     return first

@@ -122,10 +122,15 @@ def _frozen(config: Config) -> Iterator[str]:
             )
 
 
+def has_own_layout(config: Config, role: str) -> bool:
+    own = getattr(config.model, role)
+    return bool(own.tensor_model_parallel_size or own.pipeline_model_parallel_size)
+
+
 def frozen_layout(config: Config, role: str) -> tuple[int, int]:
     """(TP, PP) of the teacher or the reference: its own, else the student's."""
     own, p = getattr(config.model, role), config.parallel
-    if own.tensor_model_parallel_size is None and own.pipeline_model_parallel_size is None:
+    if not has_own_layout(config, role):
         return p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     return own.tensor_model_parallel_size or 1, own.pipeline_model_parallel_size or 1
 
@@ -143,16 +148,10 @@ def check_models(config: Config) -> None:
         model = _local_model_config(path, role) if path else None
         if model is None:
             continue
-        key, tp, stages = (
-            "parallel",
-            p.tensor_model_parallel_size,
-            p.pipeline_model_parallel_size * virtual,
-        )
-        if role != "student" and (layout := frozen_layout(config, role)) != (
-            p.tensor_model_parallel_size,
-            p.pipeline_model_parallel_size,
-        ):
-            key, (tp, stages) = f"model.{role}", layout
+        key, tp = "parallel", p.tensor_model_parallel_size
+        stages = p.pipeline_model_parallel_size * virtual
+        if role != "student" and has_own_layout(config, role):
+            key, (tp, stages) = f"model.{role}", frozen_layout(config, role)
         for heads in ("num_attention_heads", "num_key_value_heads"):
             if heads in model and model[heads] % tp:
                 raise ConfigError(
