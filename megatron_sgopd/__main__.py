@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_sgopd.config.checks import resolve
@@ -112,21 +113,11 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def _check_on_rank(config: Config, result: str | None) -> int:
     """With `result` the verdict goes into that file, and the rank itself ends well."""
-    from megatron_sgopd.failure import die_with_parent, failing_together
-
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    folder = Path(result).parent if result else Path(tempfile.gettempdir())
-    rank = int(os.environ["RANK"])
-    with failing_together(folder, rank):
-        from megatron_sgopd.megatron_cpu import quiet_imports
-
-        quiet_imports()
+    with _as_rank(Path(result).parent if result else Path(tempfile.gettempdir())):
         from megatron_sgopd.doctor import check_parallel
 
         report = check_parallel(config)
-    if rank == 0:
+    if os.environ["RANK"] == "0":
         print("\n".join(report.lines()), flush=True)
         if result:
             Path(result).write_text(json.dumps({"ok": report.ok}), encoding="utf-8")
@@ -167,21 +158,27 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _run_rank(config: Config) -> int:
+    with _as_rank(Path(config.logging.run_dir or "")):
+        from megatron_sgopd.train import main as train_main
+
+        train_main(config)
+    return 0
+
+
+@contextmanager
+def _as_rank(folder: Path) -> Iterator[None]:
+    """Around all that a rank does; a failing import is a failure too. Errors go into `folder`."""
     from megatron_sgopd.failure import die_with_parent, failing_together
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed takes its ranks with it
         die_with_parent()
     # Megatron wants kernels of one device queued in order where TP overlaps with compute.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    run_dir = Path(config.logging.run_dir or "")
-    with failing_together(run_dir, int(os.environ["RANK"])):  # a failing import is a failure too
+    with failing_together(folder, int(os.environ["RANK"])):
         from megatron_sgopd.megatron_cpu import quiet_imports
 
         quiet_imports()  # before anything imports Megatron
-        from megatron_sgopd.train import main as train_main
-
-        train_main(config)
-    return 0
+        yield
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sgopd.collectives import all_gather, reduce_scatter
+
 
 class SDPAttention(MegatronModule):
     """[s, b, h, d] -> [s, b, h * d]; packed [t, h, d] -> [t, h * d]. Fewer key heads are GQA."""
@@ -128,15 +130,8 @@ class _GatherAlongSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.group = group
-        out = x.new_empty(group.size(), *x.shape)
-        # torch 2.13 renamed both collectives and warns about the old names.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(out.flatten(0, 1), x.contiguous(), group=group)
-        return out
+        return all_gather(x, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        out = grad.new_empty(grad.shape[1:])
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(out, grad.contiguous().flatten(0, 1), group=ctx.group)
-        return out, None
+        return reduce_scatter(grad, ctx.group), None

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sgopd.collectives import all_gather
 from megatron_sgopd.offload import Shelf
 
 
@@ -70,9 +71,5 @@ class StoredStates:
             self.owner.device_bytes -= shard.numel() * shard.element_size()
         group = self.owner.tp_group
         if group.size() > 1:
-            whole = shard.new_empty(group.size() * shard.shape[0], *shard.shape[1:])
-            # torch 2.13 renamed all_gather_into_tensor and warns about the old name.
-            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            gather(whole, shard, group=group)
-            shard = whole[: self.length]
+            shard = all_gather(shard, group).flatten(0, 1)[: self.length]
         return shard.transpose(0, 1).flatten(0, 1)

@@ -435,6 +435,20 @@ def self_teacher(case: StepCase) -> dict[str, float]:
     return {"eps": eps, "open": metrics["gate/open_rate"], "gradient": norm}
 
 
+def repeated_gradients(case: StepCase, copies: int) -> float:
+    """How far the gradient of one rollout repeated in `copies` micro-batches is from it alone.
+
+    The mean over the batch makes them equal; by a power of two, in bfloat16 exactly.
+    """
+    gradients = []
+    for count in (1, copies):
+        with groups_of(case) as groups:
+            parts = assemble_parts(case, groups)
+            gradients.append(gradients_of(case, parts, draw_any_rollouts(case)[:1] * count)[1])
+    one, many = gradients
+    return max(float((many[n] - g).abs().max() / g.abs().max()) for n, g in one.items())
+
+
 def draw_any_rollouts(case: StepCase) -> list[Rollout]:
     rng = random.Random(case.seed)
     return [

@@ -95,7 +95,7 @@ def test_wrong_usage_is_exit_code_2(
 def test_a_world_that_does_not_fit_is_told_before_torch_is_loaded():
     result = sgopd("train", RECIPE, RANK="0", WORLD_SIZE="3")
     assert result.returncode == 2
-    assert result.stderr.startswith("sgopd: 3 processes cannot be TP 2 x PP 1 x DP 1")
+    assert result.stderr.startswith("sgopd: 3 processes cannot be TP 2 x PP 1 x CP 1 x DP 1")
     assert result.stdout == "loaded:\n"
 
 

@@ -90,6 +90,14 @@ def test_other_methods(pool: Any, models: dict[bool, StepCase], name: str, metho
         assert max(got["gradients"].values()) < TOLERANCE
 
 
+def test_gradients_add_up_in_fp32_if_asked(pool: Any, models: dict[bool, StepCase]) -> None:
+    for in_fp32 in (True, False):
+        row = matrix.row("bf16", 1, grad_reduce_in_fp32=in_fp32)
+        case = replace(row.case(models, True), dtype="bfloat16", micro_batch_size=1)
+        (error,) = pool(1).run(step_cases.repeated_gradients, case, 64)
+        assert (error < 1e-6) if in_fp32 else (error > 1e-3)
+
+
 def test_fewer_rollouts_than_interleaved_stages_ask_for(
     pool: Any, models: dict[bool, StepCase]
 ) -> None:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sgopd.collectives import all_gather
+
 # A model's rows: logits [T, V], or (hidden [T, D], LM-head shard [V, D]), projected in chunks.
 Rows = Tensor | tuple[Tensor, Tensor]
 
@@ -106,11 +108,7 @@ class Shard:
         if self.group is None or self.group.size() == 1:
             out = mine[None]
         else:
-            out = mine.new_empty((self.group.size() * mine.shape[0], mine.shape[1]))
-            # torch 2.13 renamed all_gather_into_tensor and warns about the old name.
-            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            gather(out, mine, group=self.group)
-            out = out.view(self.group.size(), *mine.shape)
+            out = all_gather(mine, self.group)
         return dict(zip(columns, out.unbind(1), strict=True))
 
     def to_all_tokens(self, values: Tensor) -> Tensor:
