@@ -10,6 +10,7 @@ gets fresh ones, since the other ranks may sit in a collective.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import shutil
 import tempfile
 import time
@@ -41,8 +42,10 @@ class Pool:
         """`function(*args)` on every rank; results in rank order."""
         if not self._workers:
             self._start()
+        # Plain pickle: torch's own reduction would send tensors as open files of shared memory.
+        call = pickle.dumps((function, args))
         for _, connection in self._workers:
-            connection.send((function, args))
+            connection.send_bytes(call)
         results: dict[int, Any] = {}
         ranks = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
         deadline = time.monotonic() + timeout
@@ -52,7 +55,7 @@ class Pool:
                 assert isinstance(connection, Connection), "only connections are waited for"
                 rank = ranks[connection]
                 try:
-                    ok, value = connection.recv()
+                    ok, value = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     ok, value = False, f"rank {rank} died"
                 if not ok:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -36,11 +37,11 @@ def serve(connection: Connection, rank: int, world_size: int, store: str, log: s
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:
-            function, args = connection.recv()
+            function, args = pickle.loads(connection.recv_bytes())
         except EOFError:
             sys.exit(0)
         try:
             answer = (True, function(*args))
         except BaseException:  # whatever it was, the test must hear of it
             answer = (False, traceback.format_exc())
-        connection.send(answer)
+        connection.send_bytes(pickle.dumps(answer))

@@ -107,7 +107,9 @@ def is_gone(pid: int, patience_s: float = 10.0) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([descriptor], [], [], patience_s)[0])
+        poll = select.poll()  # unlike select, it takes descriptors beyond 1023
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(1000 * patience_s))
     finally:
         os.close(descriptor)
 
