@@ -175,9 +175,9 @@ def _as_rank(folder: Path) -> Iterator[None]:
     # Megatron wants kernels of one device queued in order where TP overlaps with compute.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with failing_together(folder, int(os.environ["RANK"])):
-        from megatron_sgopd.megatron_cpu import quiet_imports
+        from megatron_sgopd.megatron_cpu import quiet
 
-        quiet_imports()  # before anything imports Megatron
+        quiet()  # before anything imports Megatron
         yield
 
 

@@ -47,7 +47,7 @@ FACTORIES = frozenset(
 def install(device: torch.device) -> None:
     """Makes Megatron run on `device` when that is the CPU; does nothing on any other device."""
     global _installed
-    quiet_imports()
+    quiet()
     if device.type != "cpu" or _installed:
         return
     _installed = True
@@ -60,13 +60,15 @@ def install(device: torch.device) -> None:
     _stub_tensor_methods()
 
 
-def quiet_imports() -> None:
-    """Silences what Megatron says at import of packages that are optional here, and of itself.
+def quiet() -> None:
+    """Silences what Megatron says of packages that are optional here, and of its own older calls.
 
     Call it before the first import of megatron.core.
     """
     absent = r"(Transformer Engine|Apex|absl\.logging).*not installed"
-    for message in (absent, "full scope is deprecated"):
+    renamed = r"`torch\.distributed\.\w+` is deprecated"  # in torch 2.13, as Megatron calls them
+    not_leaf = r"The \.grad attribute of a Tensor that is not a leaf"  # asked of optimizer shards
+    for message in (absent, "full scope is deprecated", renamed, not_leaf):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core")
 

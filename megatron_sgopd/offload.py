@@ -8,6 +8,7 @@ memory really falls.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_BYTES = 1024  # what is smaller (step counters) stays where it is
+_LIBC = ctypes.CDLL(None)
 
 
 class Shelf:
@@ -38,24 +40,25 @@ class Shelf:
         """Copies every storage once, then frees it; tensors on other devices are left alone.
 
         Raises:
-            ValueError: other tensors are away already.
+            ValueError: other tensors are away already, or a storage cannot be freed.
             OSError: the copy could not be written; nothing was freed.
         """
         storages = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if tensor.device.type == self.device.type:
-                storages[storage._cdata] = storage
+            known = storage._cdata in self._sizes
+            small = storage.nbytes() < SMALLEST_BYTES and not known
+            if tensor.device.type != self.device.type or small:
+                continue
+            what = f"a tensor of {tuple(tensor.shape)} {tensor.dtype}"
+            if self._sizes and not known:
+                raise ValueError(f"{what} is not among those away: bring those back first")
+            if not storage.resizable():  # else resize_ fails halfway, with some storages freed
+                raise ValueError(f"{what} cannot be freed (loaded, shared, or seen by NumPy)")
+            storages[storage._cdata] = storage
         if self._sizes:
-            if new := [s for key, s in storages.items() if key not in self._sizes and s.nbytes()]:
-                big = [s for s in new if s.nbytes() >= SMALLEST_BYTES]
-                if big:
-                    raise ValueError(
-                        f"{len(big)} other tensors ({sum(s.nbytes() for s in big)} bytes) are to "
-                        "be put away while some are away already: bring those back first"
-                    )
             return
-        kept = [s for s in storages.values() if s.nbytes() >= SMALLEST_BYTES]
+        kept = list(storages.values())
         if self.device.type == "cuda":
             self._copy_to_host(kept)
         else:
@@ -63,6 +66,8 @@ class Shelf:
         for storage in kept:
             self._sizes[storage._cdata] = (storage, storage.nbytes())
             storage.resize_(0)
+        if self.device.type == "cpu" and hasattr(_LIBC, "malloc_trim"):
+            _LIBC.malloc_trim(0)  # glibc keeps what is under 32 MiB, and may not even reuse it
 
     def bring_back(self) -> None:
         """Every byte back where it was; does nothing when nothing is away."""
@@ -112,23 +117,24 @@ class Shelf:
                 buffering=0, dir=self._folder, prefix="sgopd-offload-"
             )
         self._file.seek(0)
-        total = sum(s.nbytes() for s in storages)
         try:
             for storage in storages:
                 self._write(storage)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{total} bytes could not be put away in {self._folder or tempfile.gettempdir()} "
-                f"({error.strerror}): make room there, set TMPDIR to a larger disk, or switch the "
-                "offload off; nothing is lost",
-            ) from error
+            message = (
+                f"{sum(s.nbytes() for s in storages)} bytes could not be put away in "
+                f"{self._folder or tempfile.gettempdir()} ({error.strerror}): make room there, set "
+                "TMPDIR to a larger disk, or switch the offload off; nothing is lost"
+            )
+            raise OSError(error.errno, message) from error
 
     def _write(self, storage: torch.UntypedStorage) -> None:
         assert self._file is not None, "opened before"
         view = _memory(storage)
         while view:
-            view = view[self._file.write(view) :]
+            if not (count := self._file.write(view)):
+                raise OSError(errno.EIO, "nothing was written")
+            view = view[count:]
 
     def _read(self, storage: torch.UntypedStorage, size: int) -> None:
         assert self._file is not None, "written before"
@@ -142,8 +148,9 @@ class Shelf:
 
 def _memory(storage: torch.UntypedStorage) -> memoryview:
     """A CPU storage's bytes. (A NumPy view would pin the storage: it could not be freed.)"""
-    array = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
-    return memoryview(array).cast("B")
+    return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast(
+        "B"
+    )
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,7 +106,7 @@ def test_other_tensors_while_some_are_away_are_refused() -> None:
     shelf = Shelf(CPU)
     shelf.put_away([first])
     shelf.put_away([first])  # again is nothing
-    with pytest.raises(ValueError, match="bring those back first"):
+    with pytest.raises(ValueError, match=r"\(1000, 3\) torch.float32 .*bring those back first"):
         shelf.put_away([first, second])
     assert second.untyped_storage().nbytes() > 0
 
@@ -123,6 +127,95 @@ def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(OSError, match=rf"could not be put away in {tmp_path}.*No space left"):
         shelf.put_away(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_a_write_the_system_cuts_short_loses_nothing(tmp_path: Path) -> None:
+    tensors = [some(torch.float32), some(torch.float64)]  # 12,000 and 24,000 bytes
+    before = [t.clone() for t in tensors]
+    shelf, old = Shelf(CPU, tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    try:
+        with pytest.raises(OSError, match="36000 bytes could not be put away"):
+            shelf.put_away(tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert shelf.bytes_away == 0
+    for _ in range(2):  # as they were, and the shelf still works
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+        shelf.put_away(tensors)
+        shelf.close()
+
+
+def test_a_write_of_nothing_is_an_error_and_no_endless_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stuck:
+        def seek(self, place: int) -> None: ...
+
+        def write(self, view: memoryview) -> int:
+            return 0
+
+    tensor, shelf = some(torch.float32), Shelf(CPU)
+    monkeypatch.setattr(shelf, "_file", Stuck())
+    with pytest.raises(OSError, match="nothing was written"):
+        shelf.put_away([tensor])
+    assert tensor.untyped_storage().nbytes() > 0
+
+
+def from_file() -> Tensor:
+    file = io.BytesIO()
+    torch.save(some(torch.float32), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+def seen_by_numpy() -> Tensor:
+    tensor = some(torch.float32)
+    tensor.numpy()
+    return tensor
+
+
+@pytest.mark.parametrize("make", [from_file, seen_by_numpy])
+def test_what_torch_cannot_free_is_refused_before_anything_is_freed(make: object) -> None:
+    good, bad = some(torch.float32), make()
+    shelf = Shelf(CPU)
+    with pytest.raises(ValueError, match=r"\(1000, 3\) torch.float32 cannot be freed"):
+        shelf.put_away([good, bad])
+    assert shelf.bytes_away == 0 and good.untyped_storage().nbytes() > 0
+    shelf.put_away([good])  # the shelf still works
+    shelf.close()
+
+
+MEASURE = """
+import sys, torch
+from megatron_sgopd.offload import Shelf
+def mb(key):
+    return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024 / 1e6
+count = int(sys.argv[1])
+for _ in range(3):
+    del_me = torch.ones(31 * 2**18); del del_me  # glibc now takes up to 31 MiB from its heap
+tensors = [torch.ones(50_000_000 // count) for _ in range(count)]  # 200 MB
+shelf = Shelf(torch.device("cpu"), sys.argv[2])
+for _ in range(3):
+    before = mb("VmRSS"); shelf.put_away(tensors); away = mb("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    shelf.bring_back()
+    print(before - away, mb("VmHWM") - away)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("count", [1, 20, 500])
+def test_memory_falls_by_what_is_away_and_does_not_double_on_the_way_back(
+    count: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", MEASURE, str(count), str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rounds = [[float(x) for x in line.split()] for line in out.splitlines()]
+    assert len(rounds) == 3
+    for fell, peak in rounds:
+        assert fell > 180, out
+        assert peak < 220, out
 
 
 def test_no_file_is_left_for_others_to_see(tmp_path: Path) -> None:
