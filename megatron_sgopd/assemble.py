@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from megatron_sgopd import sgopd
 from megatron_sgopd.checkpoint import TrainState, list_checkpoints, load_checkpoint
 from megatron_sgopd.config.load import diff, load_config, to_yaml
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.embedded_engine import EmbeddedEngine
+from megatron_sgopd.engines import make_engine
 from megatron_sgopd.frozen import Frozen
 from megatron_sgopd.hf_files import read_hf_config, resolve_hf_dir
 from megatron_sgopd.hf_weights import iter_hf_weights
+from megatron_sgopd.jobs import Jobs, OnEveryRank, OnFirstRank
 from megatron_sgopd.loss import Objective
 from megatron_sgopd.metrics import MetricsWriter
-from megatron_sgopd.parallel import Groups, initialize
+from megatron_sgopd.parallel import Groups, any_rank, initialize
 from megatron_sgopd.prompts import (
     PromptStream,
     load_problems,
@@ -36,8 +37,10 @@ from megatron_sgopd.prompts import (
 from megatron_sgopd.roles import load_reference, load_student, load_teacher
 from megatron_sgopd.rollout import Sampler
 from megatron_sgopd.student import Student, make_student
-from megatron_sgopd.types import Prompt, Rollout
+from megatron_sgopd.types import Engine, Prompt, Rollout
 from megatron_sgopd.verifier import VerifierPool
+from megatron_sgopd.vllm_engine import VllmEngine
+from megatron_sgopd.weight_sync import Guard, push_weights
 
 # What may change between a run and its resumption without making it another run.
 RESUMABLE = (
@@ -72,10 +75,14 @@ class Run:
     reference: Frozen | None
     sampler: Sampler
     stream: PromptStream
-    engine: EmbeddedEngine | None
+    engine: Engine | None
     writer: MetricsWriter | None  # rank 0 only
     resumed: bool
-    teacher_engine: EmbeddedEngine | None = None
+    jobs: Jobs = field(default_factory=OnEveryRank)  # how engines are asked
+    guard: Guard | None = None  # of vLLM engines
+    teacher_engine: Engine | None = None
+    row: tuple[dict[str, float], Sequence[Rollout]] | None = None  # of a step not yet logged
+    begun: int | None = None  # the step whose rollouts are being made
     signalled: bool = False
 
     @property
@@ -111,15 +118,34 @@ class Run:
             end_frac=phases.end_frac,
         )
 
-    def open_teacher_engine(self) -> EmbeddedEngine:
-        """The engine with the teacher's weights; made when first asked for."""
-        if self.teacher_engine is None:
-            assert self.teacher is not None, "phased teacher sampling has a teacher"
-            path = resolve_hf_dir(self.config.model.teacher.hf_path or "")
-            self.teacher_engine = _engine(read_hf_config(path), self.config, self.groups)
+    def push_weights(self) -> dict[str, float]:
+        """The student's weights to its engine, and the proof that they are there. Collective."""
+        assert self.engine is not None, "asked for by methods that sample"
+        self.jobs.settle()  # no completion of two policies
+        push_weights(self.student.model, self.engine, self.state.policy_version)
+        if self.guard is None or not isinstance(self.engine, VllmEngine):
+            return {}
+        return self.guard.check(self.engine, self.state.policy_version)
+
+    def open_teacher_engine(self) -> None:
+        """The engine with the teacher's weights, if it is not there yet. Collective."""
+        if self.teacher_engine is not None:
+            return
+        assert self.teacher is not None, "phased teacher sampling has a teacher"
+        path = resolve_hf_dir(self.config.model.teacher.hf_path or "")
+        config, model = self.config, self.teacher.model
+        engine = make_engine(
+            config,
+            self.groups,
+            read_hf_config(path),
+            path,
+            "teacher",
+            _starting(config, self.groups),
+        )
+        if engine.name == "embedded":
             with self.teacher.at_hand():
-                self.teacher_engine.push_weights(iter_hf_weights(self.teacher.model), 0)
-        return self.teacher_engine
+                engine.push_weights(lambda: iter_hf_weights(model), 0)
+        self.teacher_engine = engine
 
     def close_teacher_engine(self) -> None:
         """Gives its memory back once the teacher fraction has faded to 0."""
@@ -138,15 +164,15 @@ class Run:
     def stop_requested(self) -> bool:
         """Whether any rank got SIGTERM or SIGUSR1, or RUN_DIR/STOP exists. Collective."""
         flag = self.signalled or (self.is_first and (self.dir / "STOP").exists())
-        asked = torch.tensor(int(flag), device=self.groups.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+        return any_rank(flag, self.groups)
 
-    def log(self, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
-        """One row of metrics.jsonl; now and then a sample of this step's rollouts. Rank 0."""
-        if self.writer is None:
+    def log(self, spans: Mapping[str, float]) -> None:
+        """The step's row to metrics.jsonl; now and then a sample of its rollouts. Rank 0."""
+        row, self.row = self.row, None
+        if self.writer is None or row is None:
             return
-        self.writer.write(self.state.step, metrics)
+        metrics, rollouts = row
+        self.writer.write(self.state.step, {**metrics, **spans})
         logging, step = self.config.logging, self.state.step
         if logging.rollouts_every and (step == 1 or step % logging.rollouts_every == 0):
             path = self.dir / "rollouts" / f"step-{step:06d}.jsonl"
@@ -205,8 +231,9 @@ def assemble(config: Config) -> Run:
         state = load_checkpoint(checkpoints[-1], student, seed=config.seed, name=config.name)
     engine = None
     if config.distill.method != "sft" or config.evaluation.data:
-        engine = _engine(hf_config, config, groups)
-        engine.push_weights(iter_hf_weights(model), state.policy_version)
+        engine = make_engine(
+            config, groups, hf_config, student_dir, "student", _starting(config, groups)
+        )
     problems = load_problems(
         config.data.train,
         problem_field=config.data.problem_field,
@@ -231,6 +258,7 @@ def assemble(config: Config) -> Run:
             verifier,
             lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
             tuple(stop_ids),
+            alone=config.rollout.engine == "vllm",
         ),
         stream=PromptStream(
             prompts,
@@ -242,6 +270,11 @@ def assemble(config: Config) -> Run:
         writer=MetricsWriter(run_dir / "metrics.jsonl", state.step) if groups.rank == 0 else None,
         resumed=bool(checkpoints),
     )
+    if isinstance(engine, VllmEngine):
+        run.jobs = OnFirstRank(groups, lambda: [e for e in (engine, run.teacher_engine) if e])
+        run.guard = Guard(student, config)
+    if engine is not None:
+        run.push_weights()
     if dropped := len(problems) - len(prompts):
         run.say(
             f"{config.name}: left out {dropped} of {len(problems)} prompts, which are longer than "
@@ -300,14 +333,20 @@ def _check_same_run(config: Config, before: Config, run_dir: Path) -> None:
         )
 
 
-def _engine(hf_config: Any, config: Config, groups: Groups) -> EmbeddedEngine:
-    return EmbeddedEngine(
-        hf_config,
-        group=groups.replica_group,
-        device=groups.device,
-        dtype=getattr(torch, config.model.dtype),
-        max_batch_size=config.rollout.max_batch_size,
-    )
+def _starting(config: Config, groups: Groups) -> Callable[[str, float], None]:
+    """What a person sees while servers start: a line now and then."""
+    shown: dict[str, float] = {}
+
+    def show(url: str, seconds: float) -> None:
+        if groups.rank == 0 and seconds - shown.get(url, -10.0) >= 10.0:
+            shown[url] = seconds
+            print(
+                f"{config.name}: waiting for the vLLM server at {url}, {seconds:.0f} s "
+                f"(log in {config.logging.run_dir}/engines)",
+                flush=True,
+            )
+
+    return show
 
 
 def _verifier(config: Config) -> VerifierPool:

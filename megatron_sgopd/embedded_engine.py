@@ -10,11 +10,12 @@ Shapes: B sequences of a batch, L the batch's longest prompt, V the whole vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -29,6 +30,8 @@ FULL_ON_CPU = 64
 
 class EmbeddedEngine:
     """See `types.Engine`. `group` is the replica's; None is one rank alone."""
+
+    name, version = "embedded", transformers.__version__
 
     def __init__(
         self,
@@ -61,7 +64,9 @@ class EmbeddedEngine:
         }
 
     @torch.no_grad()
-    def push_weights(self, hf_weights: Iterable[tuple[str, Any]], policy_version: int) -> None:
+    def push_weights(
+        self, weights: Callable[[], Iterable[tuple[str, Any]]], policy_version: int
+    ) -> None:
         """Copies every weight in; reads the (collective) stream to its end.
 
         Raises:
@@ -69,7 +74,7 @@ class EmbeddedEngine:
         """
         waiting = {*self._parameters, *self._tied}
         problem = ""
-        for name, tensor in hf_weights:
+        for name, tensor in weights():
             # After a problem, too: the other ranks wait in the stream's collectives.
             problem = problem or self._problem(name, tensor, waiting)
             if not problem:
@@ -99,6 +104,10 @@ class EmbeddedEngine:
                 f"{tuple(parameter.shape)}"
             )
         return ""
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """(index, completion) on the group's first rank, when all are done; every rank asks."""
+        yield from enumerate(self.generate(requests))
 
     def generate(
         self,
@@ -132,6 +141,12 @@ class EmbeddedEngine:
                 return []
             done = {i: c for share in shares for i, c in share.items()}
         return [done[i] for i in range(len(requests))]
+
+    def recover(self) -> None:
+        """An engine in the trainer's own ranks is lost with them only."""
+
+    def forget(self) -> None:
+        """Nothing is kept."""
 
     def close(self) -> None:
         """Frees the model; the engine cannot be used after it."""

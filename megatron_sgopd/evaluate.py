@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sgopd.jobs import Jobs
 from megatron_sgopd.rollout import Sampler, request_seed
 from megatron_sgopd.types import Engine, Prompt, Request, Rollout
 
@@ -25,6 +27,7 @@ def evaluate(
     *,
     k: int,
     greedy: bool,
+    jobs: Jobs,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[dict[str, Any]]:
     """One record a problem, in order: id, problem, answer, num_samples, is_correct, completions, …
@@ -37,9 +40,10 @@ def evaluate(
     share = [p for i, p in enumerate(prompts) if i % groups.dp_size == groups.dp_rank]
     records = []
     # A slice at a time: bounded memory, and a bar that moves.
-    for start in range(0, len(share), problems_at_once := max(1, 512 // k)):
+    largest = -(-len(prompts) // groups.dp_size)  # every replica takes as many slices
+    for start in range(0, largest, problems_at_once := max(1, 512 // k)):
         part = share[start : start + problems_at_once]
-        records += _evaluate_part(sampler, engine, part, k, greedy)
+        records += jobs.run(partial(_evaluate_part, sampler, engine, part, k, greedy))
         advance(len(part))
     gathered: list[Any] = [None] * groups.dp_size
     dist.all_gather_object(gathered, records, group=groups.dp_group)
@@ -89,7 +93,7 @@ def _answers(
         )
         for prompt, sample in asked
     ]
-    return sampler.label([p for p, _ in asked], engine.generate(requests), "student")
+    return sampler.label([p for p, _ in asked], engine.stream(requests), "student")
 
 
 def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -50,6 +50,17 @@ def reduced_means(
     return {name: (s / n).item() for name, (s, n) in zip(order, flat, strict=True) if n.item() > 0}
 
 
+def mismatch_kl(engine: Tensor, trainer: Tensor) -> float:
+    """Mean of exp(d) - 1 - d with d = trainer - engine, of log-probs of the same tokens.
+
+    On tokens the engine sampled, the low-variance estimate of KL(engine || trainer). NaN counts as
+    infinite; beyond 30 nats a token counts as 30.
+    """
+    gap = (trainer.double() - engine.double()).clamp(-30, 30)
+    value = float((torch.expm1(gap) - gap).mean())
+    return value if value == value else float("inf")
+
+
 class MetricsWriter:
     """Appends one JSON object a step to metrics.jsonl; on resume cuts it back to the checkpoint."""
 

@@ -249,6 +249,13 @@ def broadcast_object(value: Any, groups: Groups) -> Any:
     return box[0]
 
 
+def any_rank(flag: bool, groups: Groups, *, of_replica: bool = False) -> bool:
+    """Whether it is true on any rank of the job, or of the replica. Collective."""
+    asked = torch.tensor(int(flag), device=groups.device)
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=groups.replica_group if of_replica else None)
+    return bool(asked)
+
+
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> Sequence[Any]:
     """Every rank's value, in the group's order, on all of them; of all ranks without a group."""
     values: list[Any] = [None] * dist.get_world_size(group)

@@ -1,8 +1,8 @@
 """Prompts -> labelled rollouts, from the student, the teacher or a data set.
 
-Every rank of a replica calls the same functions with the same prompts (the replica's share). The
-replica's first rank talks to the engine's answer and to the verifier; the labelled rollouts are
-then handed to the replica's other ranks.
+What asks an engine runs as a job (`jobs`). With an embedded engine every rank of the replica runs
+it with the same prompts (the replica's share), its first rank verifies, and the labelled rollouts
+are handed to the others; with engines behind HTTP the first rank runs the job alone.
 
 Shapes: P prompts of the replica, G = n rollouts per prompt.
 """
@@ -10,7 +10,7 @@ Shapes: P prompts of the replica, G = n rollouts per prompt.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,6 +34,7 @@ class Sampler:
     verifier: VerifierPool | None
     decode: Decode
     stop_token_ids: tuple[int, ...]
+    alone: bool = False  # the first rank runs jobs by itself
 
     def rollouts(
         self,
@@ -54,27 +55,37 @@ class Sampler:
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        return self.label(prompts, engine.generate(requests), source)
+        return self.label(prompts, engine.stream(requests), source)
 
     def label(
-        self, prompts: Sequence[Prompt], completions: Sequence[Completion], source: RolloutSource
+        self,
+        prompts: Sequence[Prompt],
+        arriving: Iterable[tuple[int, Completion]],
+        source: RolloutSource,
     ) -> list[Rollout]:
-        """Verifies on the replica's first rank; every rank of the replica gets the rollouts.
+        """Verifies on the replica's first rank, while others are still being made.
 
         A completion cut off by the length limit is wrong, whatever it says.
         """
-        rollouts: list[Rollout] = []
-        if self.groups.is_replica_first_rank:
-            assert self.verifier is not None, "the replica's first rank owns the verifier"
-            texts = [self.decode(c.token_ids) for c in completions]
-            verdicts = self.verifier.verify_many(
-                [(text, p.answer) for text, p in zip(texts, prompts, strict=True)]
-            )
-            rollouts = [
-                Rollout(p, c, source, v.is_correct and c.finish_reason == "stop")
-                for p, c, v in zip(prompts, completions, verdicts, strict=True)
-            ]
-        return broadcast_object(rollouts, self.groups)
+        if not self.groups.is_replica_first_rank:
+            for _ in arriving:  # this rank decodes its part
+                pass
+            return broadcast_object(None, self.groups)
+        assert self.verifier is not None, "the replica's first rank owns the verifier"
+        order: list[tuple[int, Completion]] = []
+
+        def answers() -> Iterator[tuple[str, str]]:
+            for index, completion in arriving:
+                order.append((index, completion))
+                yield self.decode(completion.token_ids), prompts[index].answer
+
+        done: dict[int, Rollout] = {}
+        for place, verdict in self.verifier.verify_iter(answers()):
+            index, completion = order[place]
+            is_correct = verdict.is_correct and completion.finish_reason == "stop"
+            done[index] = Rollout(prompts[index], completion, source, is_correct)
+        rollouts = [done[i] for i in range(len(prompts))]
+        return rollouts if self.alone else broadcast_object(rollouts, self.groups)
 
 
 def generate_groups(
@@ -144,8 +155,6 @@ def mix_teacher_rollouts(
     mine = [s - first_prompt * n for s in slots if 0 <= s - first_prompt * n < len(flat)]
     mixed, open_slots = list(flat), list(mine)
     for attempt in range(phases.attempts):
-        if not open_slots:
-            break
         prompts = [flat[s].prompt for s in open_slots]
         seeds = [
             request_seed(config.seed, step, first_prompt * n + s, "teacher", attempt)
@@ -173,7 +182,7 @@ def _accuracy_bin(accuracy: float) -> str:
     return "none" if accuracy == 0 else "all" if accuracy == 1 else "some"
 
 
-def batch_metrics(batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+def batch_metrics(batch: Batch, policy_version: int) -> dict[str, tuple[Tensor, Tensor]]:
     """(sum, count) of what a step logs about its rollouts; the same names on every replica.
 
     `rollout/*` and `gate/mixed_groups` are over all G student rollouts, the displaced ones too.
@@ -185,6 +194,10 @@ def batch_metrics(batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
     rows: dict[str, tuple[float, float]] = {
         "rollout/accuracy": (sum(r.is_correct for r in own), len(own)),
         "rollout/length": (sum(len(r.completion.token_ids) for r in own), len(own)),
+        "rollout/policy_lag": (
+            sum(policy_version - r.completion.policy_version for r in own),
+            len(own),
+        ),
         "rollout/truncated": (sum(r.completion.finish_reason == "length" for r in own), len(own)),
         "gate/mixed_groups": (sum(mixed), len(mixed)),
         "phases/requested_fraction": (batch.requested, len(trained)),

@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from megatron_sgopd.rollout import (
 )
 from megatron_sgopd.statistics import summarize
 from megatron_sgopd.train_step import measure_tie_width, train_step
-from megatron_sgopd.weight_sync import push_weights
+from megatron_sgopd.types import EngineLost
 
 
 def main(config: Config) -> None:
@@ -48,31 +51,70 @@ def train(config: Config) -> None:
     if config.evaluation.at_start and state.step == 0:
         evaluate_and_write(run, "start")
     bar = progress_bar(config.name, config.num_steps, initial=state.step, show=run.shows)
-    while state.step < config.num_steps and not run.stop_requested():
-        with clock.span("rollout"):
-            batch = make_batch(run, state.step)
-        if state.gate_eps is None and (teacher := run.teacher) is not None:
-            run.set_gate_eps(measure_tie_width(run.student, teacher, batch.rollouts, config))
-        metrics = train_step(
-            run.student, run.teacher, run.reference, batch.rollouts, run.objective(), config, clock
-        )
-        state.step += 1
-        state.policy_version += 1
-        if run.engine is not None:
-            with clock.span("push_weights"):
-                push_weights(run.student.model, run.engine, state.policy_version)
-        if due(state.step, config.evaluation.every) and state.step < config.num_steps:
-            with clock.span("evaluate"):
-                metrics |= evaluate_during(run)
-        sums = batch_metrics(batch)
-        metrics |= reduced_means(sums, sums, run.groups.dp_group, run.groups.device)
-        run.log(metrics | clock.take(), batch.rollouts)
-        if due(state.step, config.checkpoint.every) and state.step < config.num_steps:
-            save_checkpoint(run.dir, run.student, state, config.checkpoint.keep)
-        bar.update()
-        bar.set_postfix_str(headline(metrics))
+    with checkpoint_when_engines_are_lost(run):
+        while state.step < config.num_steps and not run.stop_requested():
+            with clock.span("rollout"):
+                batch = next_batch(run, state.step)
+            if state.gate_eps is None and (teacher := run.teacher) is not None:
+                run.set_gate_eps(measure_tie_width(run.student, teacher, batch.rollouts, config))
+            metrics = train_step(
+                run.student,
+                run.teacher,
+                run.reference,
+                batch.rollouts,
+                run.objective(),
+                config,
+                clock,
+            )
+            sums = batch_metrics(batch, state.policy_version)
+            metrics |= reduced_means(sums, sums, run.groups.dp_group, run.groups.device)
+            state.step += 1
+            state.policy_version += 1
+            run.row = (metrics, batch.rollouts)
+            if run.engine is not None:
+                with clock.span("push_weights"):
+                    metrics |= run.push_weights()
+            if due(state.step, config.evaluation.every) and state.step < config.num_steps:
+                with clock.span("evaluate"):
+                    metrics |= evaluate_during(run)
+            run.log(clock.take())
+            if due(state.step, config.checkpoint.every) and state.step < config.num_steps:
+                save_checkpoint(run.dir, run.student, state, config.checkpoint.keep)
+            bar.update()
+            bar.set_postfix_str(headline(metrics))
     bar.close()
     finish(run, time.time() - started)
+
+
+@contextmanager
+def checkpoint_when_engines_are_lost(run: Run) -> Iterator[None]:
+    """What was trained is kept: the run can go on when its engines are there again."""
+    try:
+        yield
+    except EngineLost as error:
+        run.log({})  # the step whose weights could not be pushed
+        path = save_checkpoint(run.dir, run.student, run.state, run.config.checkpoint.keep)
+        raise EngineLost(f"{error}. {path} has what was trained: train again to resume") from error
+
+
+def next_batch(run: Run, step: int) -> Batch:
+    """The step's rollouts; with a policy lag the next step's are begun before they are needed."""
+    if run.begun != step:
+        begin_batch(run, step)
+    batch: Batch = run.jobs.result()
+    run.begun = None
+    if run.config.rollout.max_policy_lag and step + 1 < run.config.num_steps:
+        begin_batch(run, step + 1)
+    return batch
+
+
+def begin_batch(run: Run, step: int) -> None:
+    if run.teacher_fraction(step) > 0.0:
+        run.open_teacher_engine()
+    else:
+        run.close_teacher_engine()
+    run.jobs.begin(partial(make_batch, run, step))
+    run.begun = step
 
 
 def make_batch(run: Run, step: int) -> Batch:
@@ -86,7 +128,6 @@ def make_batch(run: Run, step: int) -> Batch:
     groups = generate_groups(run.sampler, run.engine, prompts, step=step, first_prompt=first)
     fraction = run.teacher_fraction(step)
     if fraction == 0.0:
-        run.close_teacher_engine()
         return Batch(groups, student_groups=groups)
     slots = sgopd.teacher_slots(
         fraction,
@@ -96,8 +137,10 @@ def make_batch(run: Run, step: int) -> Batch:
         seed=config.seed,
         step=step,
     )
-    engine = run.open_teacher_engine()
-    return mix_teacher_rollouts(run.sampler, engine, groups, slots, step=step, first_prompt=first)
+    assert run.teacher_engine is not None, "opened before the job"
+    return mix_teacher_rollouts(
+        run.sampler, run.teacher_engine, groups, slots, step=step, first_prompt=first
+    )
 
 
 def evaluate_during(run: Run) -> dict[str, float]:
@@ -106,7 +149,7 @@ def evaluate_during(run: Run) -> dict[str, float]:
     if run.engine is None or not (path := e.during_data or e.data):
         return {}
     prompts = evaluation_prompts(run, path, e.during_max_problems)
-    records = evaluate(run.sampler, run.engine, prompts, k=e.during_k, greedy=False)
+    records = evaluate(run.sampler, run.engine, prompts, k=e.during_k, greedy=False, jobs=run.jobs)
     return {"evaluation/avg_at_k": float(summarize(records)["avg_at_k"])}
 
 
@@ -124,6 +167,7 @@ def evaluate_and_write(run: Run, name: str) -> dict[str, Any]:
         prompts,
         k=e.k,
         greedy=e.greedy,
+        jobs=run.jobs,
         advance=bar.update,
     )
     bar.close()
@@ -160,8 +204,8 @@ def finish(run: Run, seconds: float) -> None:
             "seeds": [config.seed],
             "initial_avg_at_k": initial_avg_at_k(run.dir),
             "teacher_avg_at_k": None,  # a run does not evaluate its teacher
-            "engine": config.rollout.engine,
-            "engine_version": versions()["transformers"],
+            "engine": run.engine.name if run.engine else None,
+            "engine_version": run.engine.version if run.engine else None,
             "versions": versions(),
             "gate_eps": state.gate_eps,
             **results,

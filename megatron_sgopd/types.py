@@ -6,9 +6,9 @@ that into a `Rollout`, and rollouts are what the trainer learns from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 RolloutSource = Literal["student", "teacher", "dataset"]
@@ -69,23 +69,38 @@ class Rollout:
     verifier_advantage: float = 0.0
 
 
-class Engine(Protocol):
-    """Makes completions; a replica's ranks share one.
+WeightStream = Iterable[tuple[str, Any]]  # (Hugging Face name, full tensor)
 
-    `generate` and `push_weights` are called by every rank of the replica with the same requests;
-    the completions come back, in the order of the requests, on the replica's first rank (others may
-    get an empty list). An engine behind HTTP talks on the first rank only.
+
+class EngineLost(ConnectionError):
+    """No engine is left to answer."""
+
+
+class Engine(Protocol):
+    """Makes completions; all that calls `stream` runs as a job (`jobs`).
+
+    An embedded engine is called by every rank of the replica with the same requests, and the
+    completions come on its first rank; an engine behind HTTP is called by the first rank alone.
     """
 
+    name: str
+    version: str
     policy_version: int
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """(index of the request, completion), as they finish."""
+        ...
 
-    def push_weights(
-        self, hf_weights: Iterable[tuple[str, object]], policy_version: int
-    ) -> None: ...
+    def push_weights(self, weights: Callable[[], WeightStream], policy_version: int) -> None:
+        """`weights` begins the (collective) stream anew each time. Called by every rank."""
+        ...
+
+    def recover(self) -> None:
+        """After EngineLost. Called by every rank."""
+        ...
+
+    def forget(self) -> None:
+        """The job whose requests these were is done."""
+        ...
 
     def close(self) -> None: ...
-
-
-WeightStream = Iterator[tuple[str, object]]

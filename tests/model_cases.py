@@ -251,7 +251,7 @@ def make_engine(
     path: str, group: dist.ProcessGroup | None = None, **options: Any
 ) -> EmbeddedEngine:
     engine = EmbeddedEngine(read_hf_config(Path(path)), group=group, device=CPU, **options)
-    engine.push_weights(iter_safetensors(Path(path)), 1)
+    engine.push_weights(lambda: iter_safetensors(Path(path)), 1)
     return engine
 
 
@@ -261,7 +261,7 @@ def answers(path: str, requests: list[Request]) -> list[Completion]:
         model = build(path, groups)
         load_hf_weights(model, Path(path))
         engine = EmbeddedEngine(model.hf_config, group=groups.replica_group, device=CPU)
-        engine.push_weights(iter_hf_weights(model), 1)
+        engine.push_weights(lambda: iter_hf_weights(model), 1)
         return engine.generate(requests)
 
 

@@ -338,7 +338,7 @@ def test_a_spoilt_stream_is_refused_by_name(
     engine = make_engine(str(paths["untied"]))
     stream = model_cases.spoilt(iter_safetensors(paths["untied"]), case)
     with pytest.raises(ValueError, match="must not be used") as error:
-        engine.push_weights(stream, 2)
+        engine.push_weights(lambda: stream, 2)
     assert message in str(error.value)
     assert case.split()[1] in str(error.value)
     assert engine.policy_version == 1
@@ -355,21 +355,21 @@ def test_a_tied_head_may_come_a_second_time(paths: dict[str, Path]) -> None:
     request = Request((1, 2), seed=5, max_new_tokens=8)
     engine = make_engine(str(paths["tied"]))
     (expected,) = engine.generate([request])
-    engine.push_weights(stream(("lm_head.weight", head)), 1)
+    engine.push_weights(lambda: stream(("lm_head.weight", head)), 1)
     assert_same(engine.generate([request]), [expected])  # the embedding is the head
     with pytest.raises(ValueError, match=r"'lm_head.weight' has shape \(52, 64\)"):
-        engine.push_weights(stream(("lm_head.weight", head[1:])), 2)
+        engine.push_weights(lambda: stream(("lm_head.weight", head[1:])), 2)
     with pytest.raises(ValueError, match=r"'lm_head.weight' came twice"):
-        engine.push_weights(stream(*[("lm_head.weight", head)] * 2), 2)
+        engine.push_weights(lambda: stream(*[("lm_head.weight", head)] * 2), 2)
 
 
 def test_the_policy_version_is_that_of_the_weights(paths: dict[str, Path]) -> None:
     engine = EmbeddedEngine(read_hf_config(paths["untied"]), group=None, device=torch.device("cpu"))
     assert engine.policy_version == -1
     request = Request((1, 2), seed=5, max_new_tokens=8, temperature=0.0)
-    engine.push_weights(iter_safetensors(paths["untied"]), 3)
+    engine.push_weights(lambda: iter_safetensors(paths["untied"]), 3)
     (before,) = engine.generate([request])
-    engine.push_weights(negated_head(paths["untied"]), 4)
+    engine.push_weights(lambda: negated_head(paths["untied"]), 4)
     (after,) = engine.generate([request])
     assert (before.policy_version, after.policy_version) == (3, 4)
     assert before.token_ids[0] != after.token_ids[0]  # the new weights answer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -30,10 +30,10 @@ class ScriptedEngine:
     policy_version: int = 7
     asked: list[Request] = field(default_factory=list)
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         start = len(self.asked)
         self.asked += requests
-        return [
+        completions = [
             Completion(
                 (int(self.right[(start + i) % len(self.right)]),),
                 (-0.5,),
@@ -43,13 +43,15 @@ class ScriptedEngine:
             )
             for i, r in enumerate(requests)
         ]
+        yield from reversed(list(enumerate(completions)))  # as they finish, in any order
 
 
 class ScriptedVerifier:
     """A fake verifier: "1" is right."""
 
-    def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        return [Verdict(text == "1", text, "scripted") for text, _ in pairs]
+    def verify_iter(self, pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[int, Verdict]]:
+        for index, (text, _) in enumerate(pairs):
+            yield index, Verdict(text == "1", text, "scripted")
 
 
 class AloneGroups:
@@ -135,7 +137,7 @@ def test_only_endorsed_teacher_rollouts_displace() -> None:
     assert batch.groups[1][1] is groups[1][1]
     assert batch.requested == 3
     assert batch.endorsed == {"none": (2, 3)}
-    means = {k: (float(t), float(n)) for k, (t, n) in batch_metrics(batch).items()}
+    means = {k: (float(t), float(n)) for k, (t, n) in batch_metrics(batch, 7).items()}
     assert means["phases/requested_fraction"] == (3, 8)
     assert means["phases/realised_fraction"] == (2, 8)
     assert means["phases/endorsement_rate"] == (2, 3)
@@ -157,8 +159,8 @@ def test_displaced_rollouts_stay_in_the_group_statistics() -> None:
     batch = mix_teacher_rollouts(s, ScriptedEngine([True]), groups, [0, 2], step=3, first_prompt=0)
     # Slot 0 was the right one of its group; the wrong one left keeps its a1 of -1.
     assert batch.groups[0][1].verifier_advantage == pytest.approx(-1.0, abs=1e-4)
-    assert float(batch_metrics(batch)["gate/mixed_groups"][0]) == 4
-    assert float(batch_metrics(batch)["rollout/accuracy"][0]) == 4
+    assert float(batch_metrics(batch, 7)["gate/mixed_groups"][0]) == 4
+    assert float(batch_metrics(batch, 7)["rollout/accuracy"][0]) == 4
 
 
 def test_group_stats_kept_looks_at_what_is_left() -> None:

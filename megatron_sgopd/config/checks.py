@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from megatron_sgopd.config.engines import engine_problems, resolve_engine
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.layout import check_models, layout_problems, replica_size
 from megatron_sgopd.config.load import flatten
@@ -35,6 +36,10 @@ AT_LEAST_ONE = (
     "rollout.max_prompt_tokens",
     "rollout.max_new_tokens",
     "rollout.max_batch_size",
+    "rollout.vllm.num_engines",
+    "rollout.vllm.tensor_parallel_size",
+    "rollout.vllm.max_concurrency",
+    "rollout.vllm.max_restarts",
     "verifier.num_workers",
     "verifier.memory_mb",
     "evaluation.k",
@@ -66,6 +71,11 @@ ABOVE_ZERO = (
     "verifier.timeout_s",
     "parallel.distributed_timeout_minutes",
     "distill.adv_clip",
+    "rollout.vllm.bucket_mb",
+    "rollout.vllm.cpu_kvcache_gb",
+    "rollout.vllm.mismatch_kl_bound",
+    "rollout.vllm.startup_timeout_s",
+    "rollout.vllm.request_timeout_s",
 )
 
 
@@ -83,6 +93,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _gate(config)
     yield from _evaluation(config)
     yield from _optimizer(config)
+    yield from engine_problems(config)
     yield from layout_problems(config)
 
 
@@ -112,11 +123,12 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     if tis == "auto":
         method = config.distill.method  # grpo has no teacher whose whole vocabulary it could read
         sampled = method == "grpo" or config.distill.estimator == "sampled"
-        tis = "token" if sampled and method != "sft" else "none"
+        behind = rollout.max_policy_lag > 0
+        tis = "token" if (sampled or behind) and method != "sft" else "none"
     return replace(
         config,
         parallel=replace(parallel, data_parallel_size=dp),
-        rollout=replace(rollout, tis=tis),
+        rollout=resolve_engine(replace(rollout, tis=tis), config.model.dtype),
         evaluation=replace(
             config.evaluation,
             max_new_tokens=config.evaluation.max_new_tokens or rollout.max_new_tokens,

@@ -90,6 +90,7 @@ class PhasesConfig:
     end_frac: float = 0.4  # share of the run after which the fraction is 0; ours
     unit: Literal["rollout", "prompt"] = "rollout"  # ours
     attempts: int = 1  # teacher tries per slot; ours
+    source: str = "engine"  # or a JSONL of labelled teacher rollouts (tools/label_rollouts.py)
     group_stats: Literal["all", "kept"] = "all"  # ours
     ce_weight: float = 1.0  # ours
     ce_weighting: Literal["none", "dft"] = "none"  # ours
@@ -110,8 +111,39 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class VllmConfig:
+    """vLLM servers of the student (docs/vllm.md); the trainer starts them, or uses those given."""
+
+    num_engines: int = 1  # servers that the trainer starts, over all replicas
+    urls: list[str] | None = None  # servers that are there already; then none is started
+    tensor_parallel_size: int = 1  # ranks of one server; may differ from the trainer's
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: model.dtype
+    python: str | None = None  # interpreter of the environment that has vLLM; null: this one
+    host: str = "127.0.0.1"  # the address a started server binds to
+    port: int | None = None  # of the first server, the next ones follow; null: free ones
+    api_key_variable: str = "SGOPD_ENGINE_KEY"  # environment variable of the key; unset: a new one
+    max_model_len: int | None = None  # null: what the recipe's prompts and completions need
+    max_concurrency: int = 256  # requests in flight per replica
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory
+    cpu_kvcache_gb: float = 1.0  # KV cache of a server on CPUs
+    devices: list[str] | None = None  # CUDA_VISIBLE_DEVICES of each server; null: inherited
+    colocated: bool = False  # on the trainer's GPUs: servers sleep while the trainer trains
+    weight_transfer: Literal["auto", "gloo", "nccl", "ipc", "file"] = "auto"
+    transfer_folder: str | None = None  # for file: seen by both ends; null: /dev/shm
+    bucket_mb: float = 256.0  # weights sent at once
+    mismatch_kl_bound: float | None = None  # null: by dtype, measured (docs/vllm.md)
+    startup_timeout_s: float = 900.0
+    request_timeout_s: float = 3600.0  # one completion
+    max_restarts: int = 3  # of servers in one recovery, before the run stops with a checkpoint
+    allow_untested_version: bool = False
+    extra_args: list[str] = field(default_factory=list)  # as vLLM's server takes them
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "vllm"] = "embedded"
+    vllm: VllmConfig = field(default_factory=VllmConfig)  # read by engine vllm
+    max_policy_lag: int = 0  # steps a rollout may be behind; 1 generates while it trains (vllm)
     num_prompts: int = 32  # prompts per step, over all replicas
     n: int = 8  # G, rollouts per prompt; secondary
     temperature: float = 1.0  # pub

@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=args.seed,
             level=args.level,
             quick=args.quick,
+            engine=args.engine,
             out=args.out,
             overrides=tuple(args.overrides),
         )
@@ -52,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--level", choices=list(LEVELS), default="normal", help="longer chains: hard"
     )
     parser.add_argument("--quick", action="store_true", help="smoke form, no claim on accuracy")
+    parser.add_argument(
+        "--engine",
+        choices=["embedded", "vllm"],
+        default="embedded",
+        help="what makes the arms' rollouts; vllm after `make vllm`",
+    )
     parser.add_argument(
         "--arms",
         help=f"names with commas, or all; default {','.join(DEFAULT_ARMS)}; "

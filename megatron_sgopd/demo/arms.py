@@ -59,7 +59,13 @@ def chosen_arms(wanted: str | None, recipes: Path = RECIPES) -> list[str]:
 
 
 def trainings(
-    arms: Sequence[str], *, seed: int, quick: bool, extra: Sequence[str], recipes: Path = RECIPES
+    arms: Sequence[str],
+    *,
+    seed: int,
+    quick: bool,
+    extra: Sequence[str],
+    engine: str = "embedded",
+    recipes: Path = RECIPES,
 ) -> list[Training]:
     """Teacher, student and the arms, in the order in which they run."""
     world = "{home}/world"
@@ -80,6 +86,7 @@ def trainings(
             "model.teacher.hf_path={home}/teacher/hf",
             f"data.train={world}/train.jsonl",
             f"evaluation.during_data={world}/dev.jsonl",
+            f"rollout.engine={engine}",
             *((*_quick_overrides(3), *_QUICK_ARM) if quick else ()),
         ]
         plans.append(_training(arm, overrides, ("world", "teacher", "student"), extra, recipes))

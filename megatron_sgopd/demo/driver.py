@@ -51,6 +51,7 @@ class Options:
     seed: int = 42
     level: str = "normal"
     quick: bool = False
+    engine: str = "embedded"  # of the arms; teacher and student learn from worked solutions
     out: Path = Path("runs/demo")
     overrides: tuple[str, ...] = ()  # key=value, for every run of the trainer
     recipes: Path = RECIPES
@@ -63,7 +64,8 @@ class Options:
     @property
     def home(self) -> Path:
         """One folder per world, so that another seed does not displace this one's results."""
-        return self.out / f"{self.level}-{self.seed}{'-quick' if self.quick else ''}"
+        engine = "" if self.engine == "embedded" else f"-{self.engine}"
+        return self.out / f"{self.level}-{self.seed}{'-quick' if self.quick else ''}{engine}"
 
 
 @dataclass
@@ -89,6 +91,7 @@ def run_demo(options: Options) -> dict[str, Any]:
         options.arms,
         seed=options.seed,
         quick=options.quick,
+        engine=options.engine,
         extra=options.overrides,
         recipes=options.recipes,
     )

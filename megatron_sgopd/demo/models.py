@@ -54,7 +54,7 @@ def write_model_dir(directory: Path, size: ModelSize) -> None:
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 512,  # a vLLM probe is 288 tokens long
         "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": 0.05,  # 0.02 learns the chains several times slower at this width

@@ -1,0 +1,91 @@
+"""What a recipe may ask of its rollout engine, checked before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+from urllib.parse import urlsplit
+
+from megatron_sgopd.config.schema import Config, RolloutConfig, VllmConfig
+
+PROBE_PROMPT, PROBE_LENGTH = 272, 16  # tokens of the guard's fixed sequences (docs/vllm.md)
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def engine_problems(config: Config) -> Iterator[str]:
+    rollout, vllm = config.rollout, config.rollout.vllm
+    if not 0 <= rollout.max_policy_lag <= 1:
+        yield f"rollout.max_policy_lag is {rollout.max_policy_lag}; 0 (on-policy) or 1"
+    if rollout.engine != "vllm":
+        if rollout.max_policy_lag:
+            yield (
+                "rollout.max_policy_lag is 1 with rollout.engine 'embedded', which decodes in the "
+                "trainer's own ranks and cannot run while they train: set engine vllm, or lag 0"
+            )
+        return
+    if config.distill.method == "sft" and not config.evaluation.data:
+        yield "rollout.engine is 'vllm' with method sft and no evaluation: nothing to generate"
+    if rollout.max_policy_lag and vllm.colocated:
+        yield (
+            "rollout.max_policy_lag is 1 with rollout.vllm.colocated, where engines sleep while "
+            "the trainer trains: give the engines devices of their own, or set the lag to 0"
+        )
+    if rollout.max_policy_lag and rollout.tis == "none":
+        yield (
+            "rollout.tis is 'none' with rollout.max_policy_lag 1: rollouts of an older policy need "
+            "importance sampling; set rollout.tis to token or auto"
+        )
+    yield from _servers(vllm)
+    needed = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if vllm.max_model_len is not None and vllm.max_model_len < needed:
+        yield (
+            f"rollout.vllm.max_model_len is {vllm.max_model_len} and rollout.max_prompt_tokens + "
+            f"max_new_tokens {needed}: at least that many, or null"
+        )
+
+
+def _servers(vllm: VllmConfig) -> Iterator[str]:
+    for url in vllm.urls or []:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            yield f"rollout.vllm.urls has {url!r}; http://HOST:PORT is wanted"
+    if vllm.urls is not None and not vllm.urls:
+        yield "rollout.vllm.urls is []; name servers, or set null to have them started"
+    if vllm.urls and vllm.colocated:
+        yield "rollout.vllm.colocated starts its own servers; set rollout.vllm.urls to null"
+    if vllm.port is not None and not 0 < vllm.port < 65536:
+        yield f"rollout.vllm.port is {vllm.port}; 1 to 65535, or null for a free one"
+    if vllm.devices is not None and len(vllm.devices) != vllm.num_engines:
+        yield (
+            f"rollout.vllm.devices has {len(vllm.devices)} entries and num_engines is "
+            f"{vllm.num_engines}: one for each server, such as '4,5'"
+        )
+    if not 0 < vllm.gpu_memory_utilization <= 1:
+        yield (
+            f"rollout.vllm.gpu_memory_utilization is {vllm.gpu_memory_utilization}; a share above "
+            "0 and up to 1"
+        )
+    if vllm.transfer_folder is not None and vllm.weight_transfer != "file":
+        yield (
+            "rollout.vllm.transfer_folder is read by weight_transfer 'file' alone, which is "
+            f"{vllm.weight_transfer!r}"
+        )
+
+
+def resolve_engine(rollout: RolloutConfig, dtype: Literal["float32", "bfloat16"]) -> RolloutConfig:
+    """Fills the fields of a vLLM engine that are derived from others."""
+    vllm = rollout.vllm
+    if rollout.engine != "vllm":
+        return rollout
+    length = max(rollout.max_prompt_tokens + rollout.max_new_tokens, PROBE_PROMPT + PROBE_LENGTH)
+    engines = len(vllm.urls) if vllm.urls else vllm.num_engines
+    return replace(
+        rollout,
+        vllm=replace(
+            vllm,
+            dtype=dtype if vllm.dtype == "auto" else vllm.dtype,
+            max_model_len=vllm.max_model_len or length,
+            num_engines=engines,
+        ),
+    )

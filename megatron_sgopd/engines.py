@@ -1,0 +1,219 @@
+"""Makes the engines of a recipe: embedded in the ranks, or vLLM servers started or found."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sgopd.config.engines import LOCAL_HOSTS
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.schema import Config, VllmConfig
+from megatron_sgopd.embedded_engine import EmbeddedEngine
+from megatron_sgopd.parallel import Groups, broadcast_object, gather_objects
+from megatron_sgopd.types import Engine, EngineLost
+from megatron_sgopd.vllm_client import EngineDown, EngineRefused, VllmClient
+from megatron_sgopd.vllm_engine import Remote, VllmEngine
+from megatron_sgopd.vllm_server import (
+    ServerSpec,
+    VllmServer,
+    check_version,
+    installed_version,
+    make_specs,
+    new_key,
+)
+from megatron_sgopd.weight_sender import WeightSender, pick_transport
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, float], object]  # (URL, seconds waited)
+
+
+def make_engine(
+    config: Config,
+    groups: Groups,
+    hf_config: Any,
+    model: Path,
+    role: str = "student",
+    progress: Progress = lambda url, seconds: None,
+) -> Engine:
+    """The engine of a model, without weights yet (a teacher's server has its own). Collective.
+
+    Raises:
+        ConfigError: vLLM or a server that cannot serve this recipe, and what to do.
+        EngineLost: a server that did not start, with the end of its log.
+    """
+    if config.rollout.engine == "embedded":
+        return EmbeddedEngine(
+            hf_config,
+            group=groups.replica_group,
+            device=groups.device,
+            dtype=getattr(torch, config.model.dtype),
+            max_batch_size=config.rollout.max_batch_size,
+        )
+    vllm = config.rollout.vllm
+    if role == "teacher":  # beside the student's: its own servers, ports and places
+        vllm = replace(vllm, urls=None, port=None, num_engines=1 if vllm.urls else vllm.num_engines)
+    key = _from_first_rank(new_key(vllm) if groups.rank == 0 else None)
+    remotes = _remotes(vllm, groups, model, role, Path(config.logging.run_dir or ""), key, progress)
+    described = _check(remotes, config, hf_config)
+    version = broadcast_object(described.get("version", ""), groups)
+    return VllmEngine(
+        remotes,
+        groups,
+        version=version,
+        dtype=getattr(torch, vllm.dtype),
+        bucket_bytes=int(vllm.bucket_mb * 2**20),
+        max_concurrency=vllm.max_concurrency,
+        max_restarts=vllm.max_restarts,
+        patience_s=vllm.startup_timeout_s,
+    )
+
+
+def _from_first_rank(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _remotes(
+    vllm: VllmConfig,
+    groups: Groups,
+    model: Path,
+    role: str,
+    run_dir: Path,
+    key: str,
+    progress: Progress,
+) -> list[Remote]:
+    """All engines that this first rank reaches; its own ones started and ready."""
+    mine: dict[int, tuple[str, str]] = {}  # index -> (host name, URL)
+    servers: dict[int, VllmServer] = {}
+    problem: Exception | None = None
+    devices = gather_objects(groups.device.index, groups.replica_group)
+    if groups.is_replica_first_rank:
+        owned = range(groups.dp_rank, vllm.num_engines, groups.dp_size)
+        try:
+            if vllm.urls:
+                mine = {i: ("", vllm.urls[i]) for i in owned}
+            else:
+                specs = _specs(vllm, groups, model, role, run_dir, key, devices)
+                servers = {i: VllmServer(specs[i]) for i in owned}
+                mine = {i: (socket.gethostname(), specs[i].url) for i in owned}
+                for server in servers.values():
+                    server.start()
+        except ConfigError as error:
+            problem = error
+    told = gather_objects((mine, problem))
+    for _, failure in told:
+        if failure is not None:
+            _stop(servers)
+            raise failure
+    if not groups.is_replica_first_rank:
+        return []
+    everywhere = {i: place for places, _ in told for i, place in places.items()}
+    remotes = []
+    for index, (host, url) in sorted(everywhere.items()):
+        if host not in ("", socket.gethostname()) and vllm.host in LOCAL_HOSTS:
+            continue  # another node's, bound to its loopback
+        client = VllmClient(
+            url, key, max_connections=vllm.max_concurrency, timeout_s=vllm.request_timeout_s
+        )
+        sender = None
+        if index in mine:
+            transport = pick_transport(
+                vllm.weight_transfer, groups.device, colocated=vllm.colocated
+            )
+            sender = WeightSender(client, transport, groups.device, vllm.transfer_folder)
+        remotes.append(Remote(index, client, servers.get(index), sender))
+    if not remotes:
+        raise ConfigError(
+            f"this node has no vLLM engine and rollout.vllm.host is {vllm.host!r}, which other "
+            "nodes do not reach: set num_engines to the number of replicas, or host to 0.0.0.0"
+        )
+    for remote in remotes:
+        if remote.sender is not None:
+            _wait_ready(remote, progress)
+    return remotes
+
+
+def _specs(
+    vllm: VllmConfig,
+    groups: Groups,
+    model: Path,
+    role: str,
+    run_dir: Path,
+    key: str,
+    devices: Sequence[int | None],
+) -> list[ServerSpec]:
+    on_gpu = groups.device.type == "cuda"
+    check_version(installed_version(vllm.python), vllm, vllm.python or "this environment")
+    if on_gpu and vllm.devices is None:
+        if not vllm.colocated:
+            raise ConfigError(
+                "rollout.vllm.devices is null on GPUs, where the trainer's ranks are: name each "
+                "server's GPUs, such as ['4,5'], or set rollout.vllm.colocated=true to share them"
+            )
+        own = ",".join(
+            str(d)
+            for d in sorted(d for d in set(devices) if d is not None)[: vllm.tensor_parallel_size]
+        )
+        vllm = replace(vllm, devices=[own] * vllm.num_engines)
+    folder = run_dir / "engines"
+    return make_specs(vllm, model, role, folder, on_gpu=on_gpu, key=key)
+
+
+def _wait_ready(remote: Remote, progress: Progress) -> None:
+    try:
+        if remote.server is not None:
+            remote.server.wait_ready(
+                remote.client.is_ready, lambda seconds: progress(remote.client.url, seconds)
+            )
+        elif not remote.client.is_ready():
+            raise ConfigError(
+                f"{remote.client.url} (rollout.vllm.urls) does not answer: start it with `sgopd "
+                "serve RECIPE` and wait until it is ready, or name another"
+            )
+    except RuntimeError as error:
+        raise EngineLost(str(error)) from error
+
+
+def _check(remotes: list[Remote], config: Config, hf_config: Any) -> dict[str, Any]:
+    """That every engine can serve this recipe; a description of one."""
+    described: dict[str, Any] = {}
+    for remote in remotes:
+        if remote.sender is None:
+            continue  # its owner asks
+        try:
+            described = remote.client.describe()
+        except (EngineDown, EngineRefused) as error:
+            raise ConfigError(str(error)) from error
+        vllm, url = config.rollout.vllm, remote.client.url
+        check_version(str(described["version"]), vllm, url)
+        wanted = {
+            key: getattr(hf_config, key)
+            for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+        }
+        wanted |= {"dtype": vllm.dtype, "logprobs_mode": "processed_logprobs"}
+        for key, value in wanted.items():
+            if described[key] != value:
+                raise ConfigError(
+                    f"the engine at {url} serves {described['model']} with {key} "
+                    f"{described[key]}, this run needs {value}: start it with `sgopd serve RECIPE`"
+                )
+        if described["max_model_len"] < (vllm.max_model_len or 0):
+            raise ConfigError(
+                f"the engine at {url} has max_model_len {described['max_model_len']}, this recipe "
+                f"needs {vllm.max_model_len} (prompts, completions and the guard's probe): start "
+                "it with a longer one"
+            )
+    return described
+
+
+def _stop(servers: dict[int, VllmServer]) -> None:
+    for server in servers.values():
+        server.stop()
