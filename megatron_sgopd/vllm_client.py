@@ -118,7 +118,7 @@ class VllmClient:
 
     def start_update(self) -> None:
         """New requests wait, those under way are finished; then the update begins."""
-        self._call("POST", "/pause?mode=wait")
+        self._call("POST", "/pause?mode=wait&clear_cache=false")  # `finish_update` clears it
         self._call("POST", "/start_weight_update")
 
     def update(self, entries: list[list[Any]], source: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ class ServerSpec:
         }
         if not self.on_gpu:
             ours |= {
-                "VLLM_CPU_KVCACHE_SPACE": f"{self.vllm.cpu_kvcache_gb:g}",
+                "VLLM_CPU_KVCACHE_SPACE": str(self.vllm.cpu_kvcache_gb),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "TORCH_COMPILE_DISABLE": "1",  # else the first log-prob compiles for 20 s
                 "VLLM_HOST_IP": self.vllm.host,

@@ -11,39 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sgopd.config.load import load_config
-from megatron_sgopd.demo.models import STUDENT, TEACHER, write_model_dir
-from megatron_sgopd.demo.world import WorldSizes, write_world
 from tests import train_cases
+from tests.conftest import SIZES
 from tests.pool import RankError
 
-SIZES = WorldSizes(train=24, dev=4, test=6, teacher=8, student_noisy=8, student_terse=8)
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, pool: Any) -> Path:
-    """A world, and a student and a teacher of two `sft` steps each, made by the trainer."""
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder, seed=3, level="normal", sizes=SIZES)
-    for name, size in (("student", STUDENT), ("teacher", TEACHER)):
-        write_model_dir(folder / "bare" / name, size)
-        status = pool(2).run(
-            train_cases.run,
-            f"recipes/demo/{name}.yaml",
-            [
-                f"model.student.hf_path={folder}/bare/{name}",
-                f"data.train={folder}/{name}_sft.jsonl",
-                f"evaluation.data={folder}/test.jsonl",
-                "evaluation.k=2",
-                "num_steps=2",
-                "rollout.num_prompts=8",
-                "optimizer.lr_warmup_steps=0",
-                f"logging.run_dir={folder}/{name}",
-                "logging.progress=false",
-            ],
-        )
-        assert status == ["finished"] * 2
-    return folder
 
 
 def overrides(world: Path, run_dir: Path, *more: str) -> list[str]:

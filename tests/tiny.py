@@ -18,6 +18,7 @@ def tiny_config(
     head_dim: int = 32,
     vocab: int = 37,
     tied: bool = False,
+    positions: int = 256,
     **options: Any,
 ) -> Qwen3Config:
     return Qwen3Config(
@@ -28,7 +29,7 @@ def tiny_config(
         num_attention_heads=heads,
         num_key_value_heads=kv,
         head_dim=head_dim,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         **options,
     )

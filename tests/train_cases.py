@@ -29,8 +29,8 @@ def run(recipe: str, overrides: Sequence[str], fault: tuple[str, int] | None = N
     config = resolve(load_config(recipe, overrides), dist.get_world_size())
     plain_log = Run.log
 
-    def log(self: Run, metrics: Any, rollouts: Any) -> None:
-        plain_log(self, metrics, rollouts)
+    def log(self: Run, spans: Any) -> None:
+        plain_log(self, spans)
         if fault is not None and self.state.step == fault[1]:
             if fault[0] == "die":
                 raise PlannedFault("planned")

@@ -125,7 +125,7 @@ class VllmConfig:
     max_model_len: int | None = None  # null: what the recipe's prompts and completions need
     max_concurrency: int = 256  # requests in flight per replica
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory
-    cpu_kvcache_gb: float = 1.0  # KV cache of a server on CPUs
+    cpu_kvcache_gb: int = 1  # KV cache of a server on CPUs, whole gigabytes
     devices: list[str] | None = None  # CUDA_VISIBLE_DEVICES of each server; null: inherited
     colocated: bool = False  # on the trainer's GPUs: servers sleep while the trainer trains
     weight_transfer: Literal["auto", "gloo", "nccl", "ipc", "file"] = "auto"

@@ -1,0 +1,119 @@
+"""Generation, weight pushes and the guard, on a real vLLM server."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_sgopd.types import Request
+from megatron_sgopd.vllm_client import EngineDown, EngineRefused, VllmClient
+from megatron_sgopd.weight_sync import BOUNDS
+from tests.vllm import vllm_cases
+from tests.vllm.conftest import Served
+
+PROMPT = tuple(range(7, 40))
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> VllmClient:
+    return VllmClient(served.url, served.key)
+
+
+def test_every_route_but_health_asks_for_the_key(served: Served) -> None:
+    stranger = VllmClient(served.url, "another key")
+    assert stranger.is_ready()
+    for call in (stranger.describe, stranger.policy_version, stranger.start_update):
+        with pytest.raises(EngineRefused, match=r"401.*api_key_variable"):
+            call()
+    with pytest.raises(EngineRefused, match="401"):
+        stranger.complete(Request(PROMPT, seed=1, max_new_tokens=1))
+
+
+def test_the_server_describes_itself(client: VllmClient, served: Served) -> None:
+    told = client.describe()
+    assert told["model"] == str(served.model)
+    assert (told["vocab_size"], told["num_hidden_layers"], told["max_model_len"]) == (331, 4, 400)
+    assert (told["version"], told["world_size"]) == ("0.32.0", 1)
+
+
+def test_completions_follow_seed_stop_ids_and_limit(client: VllmClient) -> None:
+    request = Request(PROMPT, seed=3, max_new_tokens=12, temperature=1.0)
+    first, again = client.complete(request), client.complete(request)
+    assert first == again
+    assert len(first.token_ids) == 12 == len(first.logprobs)
+    assert first.finish_reason == "length" and first.seed == 3
+    assert client.complete(replace(request, seed=4)).token_ids != first.token_ids
+    stop = first.token_ids[5]
+    cut = client.complete(replace(request, stop_token_ids=(stop,)))
+    where = first.token_ids.index(stop)
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == first.token_ids[: where + 1]
+    assert cut.token_ids[-1] == stop  # the stop token is part of it
+    greedy = replace(request, temperature=0.0)
+    assert client.complete(greedy).token_ids == client.complete(greedy).token_ids
+
+
+def test_what_cannot_be_is_refused_with_the_reason(client: VllmClient) -> None:
+    with pytest.raises(EngineRefused, match="400"):
+        client.complete(Request(tuple([5] * 401), seed=1, max_new_tokens=1))
+    with pytest.raises(EngineDown, match="does not answer"):
+        VllmClient("http://127.0.0.1:9", "key").complete(Request(PROMPT, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "transport", "bucket_bytes"),
+    [
+        (2, {"tp": 2}, "gloo", 1 << 16),
+        (2, {"pipeline_model_parallel_size": 2}, "gloo", 1 << 28),
+        (1, {}, "file", 1 << 18),
+    ],
+    ids=["TP2, many buckets", "PP2, one bucket", "one rank, files"],
+)
+def test_after_a_push_the_engine_is_transformers_with_the_new_weights(
+    pool: Any,
+    served: Served,
+    ranks: int,
+    layout: dict[str, int],
+    transport: str,
+    bucket_bytes: int,
+) -> None:
+    told = pool(ranks).run(
+        vllm_cases.pushes,
+        served.url,
+        served.key,
+        str(served.model),
+        layout,
+        transport,
+        bucket_bytes,
+    )[0]
+    assert len(told["gap"]) == 3
+    assert max(told["gap"]) < 1e-5
+    assert min(told["gap_to_old"]) > 0.1
+    assert max(told["probe"]) < BOUNDS["float32"] / 10
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_each_fault_exceeds_the_bound_at_least_tenfold(
+    pool: Any, served: Served, temperature: float
+) -> None:
+    found = pool(1).run(vllm_cases.faults, served.url, served.key, str(served.model), temperature)[
+        0
+    ]
+    healthy, _ = found.pop("healthy")
+    print({name: value for name, (value, _) in found.items()}, "healthy", healthy)
+    assert healthy < BOUNDS["float32"] / 10
+    assert set(found) == {"no cache reset", "one tensor skipped", "stale", "wrong temperature"}
+    for name, (value, said) in found.items():
+        assert value > 10 * BOUNDS["float32"], name
+        wanted = "seems to hold the old ones" if name == "stale" else "holds neither"
+        assert wanted in said, (name, said)
+
+
+def test_a_push_needs_a_bucket_and_a_layer(pool: Any, served: Served) -> None:
+    bucket = 1 << 17
+    grown, total = pool(1).run(
+        vllm_cases.push_memory, served.url, served.key, str(served.model), bucket
+    )[0]
+    assert grown < total, "the model is not copied as a whole"
