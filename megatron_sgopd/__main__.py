@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_sgopd.config.checks import resolve
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("train", train, "run a recipe; on the same run directory, resume it"),
         ("config", show_config, "print a recipe with every default and override resolved"),
+        ("serve", serve, "run a vLLM server for a recipe in the foreground (rollout.vllm.urls)"),
         ("doctor", doctor, "check that a recipe's layout computes what one rank computes"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
@@ -122,6 +124,35 @@ def _check_on_rank(config: Config, result: str | None) -> int:
         if result:
             Path(result).write_text(json.dumps({"ok": report.ok}), encoding="utf-8")
     return 0 if result or report.ok else 1
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Becomes the server; the trainer is pointed to it by rollout.vllm.urls."""
+    config = resolve(load_config(arguments.recipe, [*arguments.overrides, "rollout.engine=vllm"]))
+    vllm = config.rollout.vllm
+    if vllm.api_key_variable not in os.environ:
+        raise ConfigError(
+            f"the environment has no {vllm.api_key_variable}, the key that trainer and server "
+            "share (rollout.vllm.api_key_variable): export one secret on both sides"
+        )
+    from megatron_sgopd.hf_files import resolve_hf_dir
+    from megatron_sgopd.parallel import pick_device
+    from megatron_sgopd.vllm_server import check_port, check_version, installed_version, make_specs
+
+    check_version(installed_version(vllm.python), vllm, vllm.python or "this environment")
+    port = vllm.port or 8000
+    check_port(vllm.host, port)
+    (spec,) = make_specs(
+        replace(vllm, num_engines=1, port=port, devices=None),
+        resolve_hf_dir(config.model.student.hf_path),
+        "student",
+        Path(config.logging.run_dir or "") / "engines",
+        on_gpu=pick_device().type == "cuda",
+        key=os.environ[vllm.api_key_variable],
+    )
+    print(f"{config.name}: serving {spec.model} at {spec.url}", flush=True)
+    command = spec.command()
+    os.execvpe(command[0], command, spec.environment())
 
 
 def is_finished(config: Config, run_dir: Path) -> bool:

@@ -118,6 +118,10 @@ class Run:
             end_frac=phases.end_frac,
         )
 
+    def engines(self) -> list[Engine]:
+        """That a job may ask."""
+        return [e for e in (self.engine, self.teacher_engine) if e is not None]
+
     def push_weights(self) -> dict[str, float]:
         """The student's weights to its engine, and the proof that they are there. Collective."""
         assert self.engine is not None, "asked for by methods that sample"
@@ -271,7 +275,7 @@ def assemble(config: Config) -> Run:
         resumed=bool(checkpoints),
     )
     if isinstance(engine, VllmEngine):
-        run.jobs = OnFirstRank(groups, lambda: [e for e in (engine, run.teacher_engine) if e])
+        run.jobs = OnFirstRank(groups, run.engines)
         run.guard = Guard(student, config)
     if engine is not None:
         run.push_weights()

@@ -145,6 +145,12 @@ class EmbeddedEngine:
     def recover(self) -> None:
         """An engine in the trainer's own ranks is lost with them only."""
 
+    def sleep(self) -> None:
+        """Its weights stay: a push goes into them."""
+
+    def wake_up(self) -> None:
+        """It never sleeps."""
+
     def forget(self) -> None:
         """Nothing is kept."""
 

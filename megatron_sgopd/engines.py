@@ -72,6 +72,7 @@ def make_engine(
         max_concurrency=vllm.max_concurrency,
         max_restarts=vllm.max_restarts,
         patience_s=vllm.startup_timeout_s,
+        colocated=vllm.colocated,
     )
 
 

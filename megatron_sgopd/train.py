@@ -103,6 +103,8 @@ def next_batch(run: Run, step: int) -> Batch:
         begin_batch(run, step)
     batch: Batch = run.jobs.result()
     run.begun = None
+    for engine in run.engines():
+        engine.sleep()
     if run.config.rollout.max_policy_lag and step + 1 < run.config.num_steps:
         begin_batch(run, step + 1)
     return batch
@@ -113,6 +115,8 @@ def begin_batch(run: Run, step: int) -> None:
         run.open_teacher_engine()
     else:
         run.close_teacher_engine()
+    for engine in run.engines():
+        engine.wake_up()
     run.jobs.begin(partial(make_batch, run, step))
     run.begun = step
 

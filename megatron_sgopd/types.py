@@ -99,6 +99,14 @@ class Engine(Protocol):
         """After EngineLost. Called by every rank."""
         ...
 
+    def sleep(self) -> None:
+        """The trainer is about to train: an engine on its devices makes room."""
+        ...
+
+    def wake_up(self) -> None:
+        """Before a job that asks it. Called by every rank."""
+        ...
+
     def forget(self) -> None:
         """The job whose requests these were is done."""
         ...

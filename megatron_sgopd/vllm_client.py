@@ -136,13 +136,12 @@ class VllmClient:
         """Without it prompts of a block and more would go on from keys of the old weights."""
         self._call("POST", "/reset_prefix_cache")
 
-    def sleep(self) -> None:
-        """Gives the GPU's memory up, weights and cache: a push follows the wake-up."""
-        self._call("POST", "/sleep?level=2")
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Gives the GPU's memory up; weights go to host memory, or are forgotten."""
+        self._call("POST", f"/sleep?level={1 if keep_weights else 2}")
 
-    def wake_up(self, tag: str) -> None:
-        """`tag`: weights, or kv_cache."""
-        self._call("POST", f"/wake_up?tags={tag}")
+    def wake_up(self) -> None:
+        self._call("POST", "/wake_up")
 
     def close(self) -> None:
         self._http.close()

@@ -59,10 +59,12 @@ class VllmEngine:
         max_concurrency: int,
         max_restarts: int,
         patience_s: float,
+        colocated: bool = False,
     ) -> None:
         self.version, self.policy_version = version, -1
         self._remotes, self._groups, self._patience_s = remotes, groups, patience_s
         self._weights: Callable[[], WeightStream] | None = None  # what it was given last
+        self._colocated, self._asleep = colocated, False
         self._dtype, self._bucket_bytes = dtype, bucket_bytes
         self._max_restarts = max_restarts
         self._lock = threading.Lock()
@@ -152,6 +154,7 @@ class VllmEngine:
             EngineRefused: an engine does not take these weights, with its reason.
         """
         self._weights = weights
+        self.wake_up()
         self._push(policy_version, {r.index for r in self._owned})
         self.policy_version = policy_version
 
@@ -244,13 +247,19 @@ class VllmEngine:
         return [r for r in self._remotes if r.sender is not None]
 
     def sleep(self) -> None:
-        """Colocated engines give up the devices while the trainer trains."""
-        for remote in self._owned:
-            remote.client.sleep()
+        """Colocated engines give up the devices' memory while the trainer trains."""
+        if self._colocated and not self._asleep:
+            for remote in self._owned:
+                remote.client.sleep(keep_weights=self._weights is None)
+            self._asleep = True
 
-    def wake_up(self, tag: str) -> None:
-        for remote in self._owned:
-            remote.client.wake_up(tag)
+    def wake_up(self) -> None:
+        """Before anything is asked of them again. Collective over all ranks."""
+        if self._asleep:
+            for remote in self._owned:
+                remote.client.wake_up()
+            self._asleep = False
+            any_rank(False, self._groups)  # another replica may ask this one's engine
 
     def probe(self, ask: Callable[[VllmClient], Any]) -> list[tuple[str, Any]]:
         """(URL, what `ask` says) of every engine this rank owns."""

@@ -152,6 +152,8 @@ def test_every_recipe_resolves_and_comes_back_from_yaml(path: Path, tmp_path: Pa
     assert diff(resolved, config).keys() <= {
         "parallel.data_parallel_size",
         "rollout.tis",
+        "rollout.vllm.dtype",
+        "rollout.vllm.max_model_len",
         "evaluation.max_new_tokens",
         "logging.run_dir",
     }
@@ -334,3 +336,41 @@ def test_a_model_config_that_is_not_json_is_named(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"model\.teacher\.hf_path: .*config\.json is not JSON"):
         resolve(load(tmp_path, GOOD, f"model.teacher.hf_path={tmp_path}"))
+
+
+BAD_ENGINES = [
+    (["rollout.max_policy_lag=1"], "max_policy_lag is 1 with rollout.engine 'embedded'"),
+    (["rollout.engine=vllm", "rollout.max_policy_lag=2"], "0 \\(on-policy\\) or 1"),
+    (
+        ["rollout.engine=vllm", "rollout.max_policy_lag=1", "rollout.vllm.colocated=true"],
+        "engines sleep while the trainer trains",
+    ),
+    (
+        ["rollout.engine=vllm", "rollout.max_policy_lag=1", "rollout.tis=none"],
+        "need importance sampling",
+    ),
+    (["rollout.engine=vllm", "rollout.vllm.urls=['localhost:8000']"], "http://HOST:PORT is wanted"),
+    (["rollout.engine=vllm", "rollout.vllm.urls=[]"], "name servers, or set null"),
+    (["rollout.engine=vllm", "rollout.vllm.port=70000"], "1 to 65535"),
+    (["rollout.engine=vllm", "rollout.vllm.devices=['0']", "rollout.vllm.num_engines=2"], "1 entr"),
+    (["rollout.engine=vllm", "rollout.vllm.gpu_memory_utilization=1.5"], "a share above 0"),
+    (["rollout.engine=vllm", "rollout.vllm.max_model_len=10"], "at least that many, or null"),
+    (["rollout.engine=vllm", "rollout.vllm.transfer_folder=/tmp"], "'file' alone"),
+    (["rollout.vllm.num_engines=0"], "must be at least 1"),
+    (["rollout.vllm.bucket_mb=0"], "must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_ENGINES, ids=lambda v: str(v)[:60])
+def test_what_an_engine_cannot_do_is_refused(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(load(tmp_path, GOOD, *settings))
+
+
+def test_a_policy_lag_brings_importance_sampling(tmp_path: Path) -> None:
+    settings = ["rollout.engine=vllm", "distill.estimator=full_vocab"]
+    assert resolve(load(tmp_path, GOOD, *settings)).rollout.tis == "none"
+    behind = resolve(load(tmp_path, GOOD, *settings, "rollout.max_policy_lag=1"))
+    assert behind.rollout.tis == "token"

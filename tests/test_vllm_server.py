@@ -1,0 +1,236 @@
+"""What stands around vLLM servers: processes, ports, versions, jobs; without vLLM itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.schema import VllmConfig
+from megatron_sgopd.jobs import OnFirstRank
+from megatron_sgopd.types import EngineLost
+from megatron_sgopd.vllm_server import (
+    VllmServer,
+    check_port,
+    check_version,
+    installed_version,
+    make_specs,
+)
+from megatron_sgopd.weight_buckets import Entry, buckets, size_of, view
+from tests.layouts import layout
+
+FAMILY = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def spec_of(tmp_path: Path, **fields: Any) -> Any:
+    vllm = VllmConfig(dtype="float32", max_model_len=64, **fields)
+    (spec,) = make_specs(vllm, tmp_path / "model", "student", tmp_path, on_gpu=False, key="k")
+    return spec
+
+
+def wait_for(true: Any, patience_s: float = 20.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def supervised() -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    """A supervisor of a program with a child, and that family."""
+    command = [sys.executable, "-c", FAMILY]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_sgopd.vllm_server", *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    me = psutil.Process(process.pid)
+    wait_for(lambda: len(me.children(recursive=True)) == 2)
+    return process, me.children(recursive=True)
+
+
+def gone(family: Sequence[psutil.Process]) -> bool:
+    return all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in family)
+
+
+def test_a_server_and_its_children_end_when_the_trainers_pipe_closes() -> None:
+    process, family = supervised()
+    assert process.stdin is not None
+    process.stdin.close()  # as the kernel does when the trainer is killed
+    assert process.wait(20) == 0
+    wait_for(lambda: gone(family))
+
+
+def test_a_terminated_supervisor_takes_its_server_along() -> None:
+    process, family = supervised()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    wait_for(lambda: gone(family))
+
+
+def test_a_server_that_ends_by_itself_says_so_with_its_log(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, python=sys.executable)
+    server = VllmServer(replace(spec, vllm=replace(spec.vllm, extra_args=["--no-such-option"])))
+    server.start()
+    with pytest.raises(RuntimeError, match=r"(?s)exit code [12].*student-0.log"):
+        server.wait_ready(lambda: False)
+    server.stop()
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127.0.0.1:{port} .*rollout.vllm.port"):
+            check_port("127.0.0.1", port)
+
+
+def test_versions_outside_the_tested_window_are_refused_unless_allowed() -> None:
+    vllm = VllmConfig()
+    check_version("0.32.0", vllm, "here")
+    check_version("0.32.0+cpu", vllm, "here")
+    with pytest.raises(ConfigError, match=r"here has vLLM 0\.20\.1; tested are 0\.32\.0"):
+        check_version("0.20.1", vllm, "here")
+    check_version("0.20.1", replace(vllm, allow_untested_version=True), "here")
+    with pytest.raises(ConfigError, match="has no vLLM: run `make vllm`"):
+        check_version(None, vllm, "here")
+    with pytest.raises(ConfigError, match=r"rollout.vllm.python is '/no/python'"):
+        installed_version("/no/python")
+
+
+def test_the_servers_environment_has_the_key_and_no_ranks_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    environment = spec_of(tmp_path).environment()
+    assert environment["SGOPD_ENGINE_KEY"] == "k"
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(environment)
+    assert "k" not in spec_of(tmp_path).command(), "the key is in no process list"
+    (name,) = os.listdir(environment["PYTHONPATH"])
+    assert name == "megatron_sgopd"
+
+
+# -- buckets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 100, 1000, 10**6])
+def test_buckets_hold_every_tensor_once_within_the_limit(limit: int) -> None:
+    torch.manual_seed(0)
+    weights = {f"w{i}": torch.randn(shape) for i, shape in enumerate([(3, 5), (7,), (1,), (20, 4)])}
+    made = list(buckets(weights.items(), limit, torch.float32, torch.device("cpu")))
+    seen: dict[str, torch.Tensor] = {}
+    for bucket in made:
+        travelled = [Entry.of_json(entry.as_json()) for entry in bucket.entries]
+        assert size_of(travelled) == bucket.flat.numel()
+        assert len(travelled) == 1 or bucket.flat.numel() <= limit
+        seen |= {entry.name: view(bucket.flat, entry) for entry in travelled}
+    assert list(seen) == list(weights)
+    assert all(torch.equal(seen[name], weights[name]) for name in weights)
+
+
+def test_buckets_are_cast_and_aligned() -> None:
+    weights = {"a": torch.ones(3), "b": torch.arange(5.0)}
+    (bucket,) = buckets(weights.items(), 10**6, torch.bfloat16, torch.device("cpu"))
+    assert [e.dtype for e in bucket.entries] == ["bfloat16", "bfloat16"]
+    assert [e.offset for e in bucket.entries] == [0, 16]
+    assert torch.equal(view(bucket.flat, bucket.entries[1]), torch.arange(5.0).bfloat16())
+
+
+# -- jobs ------------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """Counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.recovered = self.forgotten = 0
+
+    def recover(self) -> None:
+        self.recovered += 1
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+class SlowFakeEngine(FakeEngine):
+    """An engine of known artificial latency, to prove what overlaps with what."""
+
+    LATENCY_S = 0.6
+
+    def answer(self) -> str:
+        time.sleep(self.LATENCY_S)
+        return "answered"
+
+
+def job_that_loses_its_engine_twice() -> tuple[list[Any], int, int]:
+    engine, calls = FakeEngine(), []
+
+    def job() -> str:
+        calls.append(1)
+        if len(calls) < 3:
+            raise EngineLost("planned")
+        return "done"
+
+    with layout(1) as groups:
+        jobs = OnFirstRank(groups, lambda: [engine])  # type: ignore[list-item]
+        return [jobs.run(job), len(calls)], engine.recovered, engine.forgotten
+
+
+def one_step_off() -> tuple[float, str]:
+    engine = SlowFakeEngine()
+    with layout(1) as groups:
+        jobs = OnFirstRank(groups, lambda: [engine])  # type: ignore[list-item]
+        begun = time.monotonic()
+        jobs.begin(engine.answer)
+        time.sleep(SlowFakeEngine.LATENCY_S)  # the training meanwhile
+        return time.monotonic() - begun, jobs.result() + f" {time.monotonic() - begun:.2f}"
+
+
+def job_that_fails() -> str:
+    with layout(1) as groups:
+        jobs = OnFirstRank(groups, list)
+
+        def job() -> None:
+            raise KeyError("planned")
+
+        try:
+            jobs.run(job)
+        except KeyError as error:
+            return str(error)
+    return "nothing was raised"
+
+
+def test_a_job_is_done_again_after_its_engines_are_brought_back(pool: Any) -> None:
+    ((result, recovered, forgotten),) = pool(1).run(job_that_loses_its_engine_twice)
+    assert (result, recovered, forgotten) == (["done", 3], 2, 1)
+
+
+def test_a_begun_job_runs_while_the_trainer_trains(pool: Any) -> None:
+    ((_, said),) = pool(1).run(one_step_off)
+    answer, seconds = said.split()
+    assert answer == "answered"
+    assert float(seconds) < 2 * SlowFakeEngine.LATENCY_S, "one after the other would take as long"
+
+
+def test_a_jobs_own_error_is_raised(pool: Any) -> None:
+    assert pool(1).run(job_that_fails) == ["'planned'"]

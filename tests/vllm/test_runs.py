@@ -1,0 +1,125 @@
+"""Whole runs as a user starts them, on real vLLM servers that are killed or stopped midway."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.train_cases import metrics_without_time
+
+PATIENCE_S = 200.0
+
+
+def start(world: Path, run_dir: Path, *more: str) -> subprocess.Popen[bytes]:
+    """`sgopd train` of a tiny SG-OPD run; its output goes to RUN_DIR.out."""
+    settings = [
+        f"model.student.hf_path={world}/student/hf",
+        f"model.teacher.hf_path={world}/teacher/hf",
+        f"data.train={world}/train.jsonl",
+        f"evaluation.during_data={world}/dev.jsonl",
+        "evaluation.data=null",
+        "evaluation.during_k=1",
+        "evaluation.every=2",
+        "rollout.engine=vllm",
+        "rollout.num_prompts=4",
+        "rollout.n=2",
+        "rollout.max_new_tokens=12",
+        "optimizer.lr_warmup_steps=0",
+        f"logging.run_dir={run_dir}",
+        "logging.progress=false",
+        *more,
+    ]
+    command = [sys.executable, "-m", "megatron_sgopd", "train", "recipes/demo/sg_opd.yaml"]
+    with open(f"{run_dir}.out", "ab") as out:
+        return subprocess.Popen([*command, *settings], stdout=out, stderr=subprocess.STDOUT)
+
+
+def servers(model: Path) -> list[psutil.Process]:
+    """The API servers of a model."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        between = "megatron_sgopd.vllm_server" in line  # what sees to the server
+        if not between and "vllm.entrypoints.openai.api_server" in line and str(model) in line:
+            found.append(process)
+    return found
+
+
+def family(model: Path) -> list[psutil.Process]:
+    """Servers and all that they started, engine cores and workers too."""
+    return [p for s in servers(model) for p in (s, *s.children(recursive=True))]
+
+
+def until(true: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+    deadline = time.monotonic() + patience_s
+    while not (value := true()):
+        assert time.monotonic() < deadline, f"{what}: not within {patience_s} s"
+        time.sleep(0.2)
+    return value
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    return metrics_without_time(run_dir) if path.exists() else []
+
+
+def test_one_step_off_with_a_teacher_and_a_killed_engine(world: Path, tmp_path: Path) -> None:
+    run_dir, student = tmp_path / "run", world / "student" / "hf"
+    run = start(
+        world,
+        run_dir,
+        "num_steps=8",
+        "rollout.max_policy_lag=1",
+        "distill.phases.end_frac=0.13",  # a teacher in the first step alone
+        "distill.phases.hold_frac=0.0",
+    )
+    until(lambda: len(rows(run_dir)) >= 3, "the third step")
+    assert not servers(world / "teacher" / "hf"), "the teacher's engine is gone with its share"
+    (server,) = servers(student)
+    for process in (server, *server.children(recursive=True)):
+        process.kill()
+    assert run.wait(PATIENCE_S) == 0, Path(f"{run_dir}.out").read_text()[-3000:]
+    done = rows(run_dir)
+    assert [row["step"] for row in done] == list(range(1, 9))
+    assert (run_dir / "engines" / "teacher-0.log").exists()
+    assert done[0]["phases/requested_fraction"] > 0 == done[1]["phases/requested_fraction"]
+    lags = [row["rollout/policy_lag"] for row in done]
+    assert lags[0] == 0 and lags[1:3] == [1, 1] and lags[-1] == 1
+    assert all(0 <= lag <= 1 for lag in lags)
+    assert all(row["engine/probe_mismatch_kl"] < 1e-9 for row in done)
+    assert "is started again" in Path(f"{run_dir}.out").read_text()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["engine"], summary["engine_version"]) == ("vllm", "0.32.0")
+    assert not servers(student)
+
+
+def test_no_server_outlives_a_run_that_is_stopped_or_killed(world: Path, tmp_path: Path) -> None:
+    run_dir, student = tmp_path / "run", world / "student" / "hf"
+    settings = ("num_steps=1000", "distill.phases.enabled=false", "evaluation.every=0")
+    run = start(world, run_dir, *settings)
+    until(lambda: len(rows(run_dir)) >= 2, "the second step")
+    run.terminate()
+    assert run.wait(PATIENCE_S) == 0
+    assert (run_dir / "status").read_text() == "stopped\n"
+    assert not servers(student)
+    before = len(rows(run_dir))
+
+    run = start(world, run_dir, *settings)
+    until(lambda: len(rows(run_dir)) > before, "a step after resuming")
+    members = family(student)
+    assert len(members) >= 2
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    until(
+        lambda: not any(p.is_running() and p.status() != "zombie" for p in members), "the end", 60
+    )
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, len(rows(run_dir)) + 1))
