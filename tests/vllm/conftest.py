@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.vllm)
             if not os.environ.get("SGOPD_TEST_VLLM"):
                 item.add_marker(pytest.mark.skip(reason="real vLLM: make test-vllm"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """In `make test-vllm` a skip is a failure: what was to be proven was not."""
+    report = yield
+    if os.environ.get("SGOPD_TEST_VLLM") and report.skipped:
+        report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr}"
+    return report
 
 
 @dataclass(frozen=True)
