@@ -37,6 +37,7 @@ from megatron_sgopd.prompts import (
 from megatron_sgopd.roles import load_reference, load_student, load_teacher
 from megatron_sgopd.rollout import Sampler
 from megatron_sgopd.student import Student, make_student
+from megatron_sgopd.teacher_pool import TeacherPool
 from megatron_sgopd.types import Engine, Prompt, Rollout
 from megatron_sgopd.verifier import VerifierPool
 from megatron_sgopd.vllm_engine import VllmEngine
@@ -136,6 +137,12 @@ class Run:
         if self.teacher_engine is not None:
             return
         assert self.teacher is not None, "phased teacher sampling has a teacher"
+        if (source := self.config.distill.phases.source) != "engine":
+            field = self.config.data.problem_field
+            self.teacher_engine = TeacherPool.load(
+                source, self.stream.prompts, self.tokenizer, field
+            )
+            return
         path = resolve_hf_dir(self.config.model.teacher.hf_path or "")
         config, model = self.config, self.teacher.model
         engine = make_engine(

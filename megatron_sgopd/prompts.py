@@ -91,7 +91,7 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         except pyarrow.ArrowException as error:
             raise ValueError(f"{file} is not a readable Parquet file: {error}") from error
     elif file.is_file():
-        yield from _jsonl_rows(file)
+        yield from jsonl_rows(file)
     elif (
         path.count("/") == 1
         and not path.startswith((".", "/"))
@@ -106,7 +106,7 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         )
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
             where = f"{file.name}:{number}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,54 @@ def test_data_parallel_replicas_see_the_same_global_batch(
         assert rows[0][name] == rows[1][name]
     for name in ("train/loss", "train/grad_norm", "distill/reverse_kl"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4)
+
+
+def test_a_labelled_pool_stands_in_for_the_teachers_engine(
+    pool: Any, world: Path, tmp_path: Path
+) -> None:
+    problems = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()]
+    rows = [
+        {
+            "problem": p["problem"],
+            "completion": rf"\boxed{{{p['answer']}}}",
+            "is_correct": i % 2 == 0,  # the labels count, as does the run's own verifier
+        }
+        for i, p in enumerate(problems)
+    ]
+    labelled = tmp_path / "pool.jsonl"
+    labelled.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = overrides(
+        world, tmp_path / "run", f"distill.phases.source={labelled}", "distill.phases.hold_frac=1.0"
+    )
+    settings += ["rollout.num_prompts=24", "num_steps=1", "data.shuffle=false"]
+    assert run(pool, "sg_opd", settings) == ["finished"] * 2
+    (row,) = train_cases.metrics_without_time(tmp_path / "run")
+    assert row["phases/requested_fraction"] == 0.5
+    assert 0.2 < row["phases/endorsement_rate"] < 0.8
+    kept = (tmp_path / "run" / "rollouts" / "step-000001.jsonl").read_text()
+    teachers = [r for r in map(json.loads, kept.splitlines()) if r["source"] == "teacher"]
+    assert teachers and all(r["is_correct"] for r in teachers)
+    right = {r["problem"] for r in rows if r["is_correct"]}
+    assert {r["prompt"] for r in teachers} <= right
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"problem": "1+1=", "completion": "2"}', r"pool.jsonl:1: 'is_correct' is None"),
+        (
+            '{"problem": "what?", "completion": "2", "is_correct": true}',
+            "1 problems and none of the 24",
+        ),
+        (None, "which is no file"),
+    ],
+)
+def test_a_pool_that_cannot_serve_is_refused(
+    pool: Any, world: Path, tmp_path: Path, line: str | None, message: str
+) -> None:
+    labelled = tmp_path / "pool.jsonl"
+    if line is not None:
+        labelled.write_text(line + "\n")
+    settings = overrides(world, tmp_path / "run", f"distill.phases.source={labelled}")
+    errors = pool(2).run(train_cases.error_of, "recipes/demo/sg_opd.yaml", settings)
+    assert all(re.search(message, error) for error in errors)
