@@ -20,6 +20,7 @@ from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.layout import replica_size
 from megatron_sgopd.config.load import diff, load_config, to_yaml
 from megatron_sgopd.config.schema import Config
+from megatron_sgopd.versions import describe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +102,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     replicas = resolved.parallel.data_parallel_size or 1
     replicas = 2 if replicas % 2 == 0 else replicas
     ranks = replica_size(resolved.parallel) * replicas
+    print(f"versions   {describe()}")
     print(f"{resolved.name}: starting {ranks} ranks", flush=True)
     with tempfile.TemporaryDirectory(prefix="sgopd-doctor-") as folder:
         result = Path(folder) / "result.json"

