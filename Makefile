@@ -84,8 +84,8 @@ demo: venv $(if $(filter vllm,$(ENGINE)),vllm)  ## the distillation on this mach
 test: venv  ## the test suite [ARGS='-k gate'] [LONG=1]
 	LONG=$(LONG) .venv/bin/python -m pytest --durations=15 --durations-min=1 $(ARGS)
 
-test-vllm: vllm  ## the tests that run the real vLLM; there a skip is a failure [ARGS=…]
-	SGOPD_TEST_VLLM=1 .venv/bin/python -m pytest -m vllm tests/vllm --durations=15 --durations-min=1 $(ARGS)
+test-vllm: vllm  ## the tests that run the real vLLM; there a skip is a failure [LONG=1]
+	SGOPD_TEST_VLLM=1 LONG=$(LONG) .venv/bin/python -m pytest -m vllm tests/vllm --durations=15 --durations-min=1 $(ARGS)
 
 lint: venv  ## style, types, floors and doors
 	.venv/bin/ruff check

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.train_cases import metrics_without_time
 
@@ -123,3 +124,27 @@ def test_no_server_outlives_a_run_that_is_stopped_or_killed(world: Path, tmp_pat
         lambda: not any(p.is_running() and p.status() != "zombie" for p in members), "the end", 60
     )
     assert [row["step"] for row in rows(run_dir)] == list(range(1, len(rows(run_dir)) + 1))
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+@pytest.mark.skipif(not os.environ.get("LONG"), reason="make test-vllm LONG=1")
+def test_two_replicas_share_the_engines(world: Path, tmp_path: Path, engines: int) -> None:
+    run_dir, student = tmp_path / "run", world / "student" / "hf"
+    run = start(
+        world,
+        run_dir,
+        "num_steps=6",
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.data_parallel_size=2",
+        f"rollout.vllm.num_engines={engines}",
+        "distill.phases.enabled=false",
+    )
+    until(lambda: len(rows(run_dir)) >= 2, "the second step")
+    running = servers(student)
+    assert len(running) == engines
+    for process in (running[0], *running[0].children(recursive=True)):
+        process.kill()
+    assert run.wait(PATIENCE_S) == 0, Path(f"{run_dir}.out").read_text()[-3000:]
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, 7))
+    assert "is started again" in Path(f"{run_dir}.out").read_text()
+    assert not servers(student)
