@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_sgopd.config.checks import resolve
+from megatron_sgopd.config.engines import servers_of
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.layout import replica_size
 from megatron_sgopd.config.load import diff, load_config, to_yaml
@@ -53,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
             help="such as distill.gate.lambda_high=1.5",
         )
         command.set_defaults(run=run)
+        if run is serve:
+            command.add_argument(
+                "--teacher",
+                action="store_true",
+                help="the teacher, for rollout.vllm.teacher.urls; without it the student",
+            )
         if run is doctor:
             command.add_argument(
                 "--parallel",
@@ -131,7 +138,11 @@ def _check_on_rank(config: Config, result: str | None) -> int:
 def serve(arguments: argparse.Namespace) -> int:
     """Becomes the server; the trainer is pointed to it by rollout.vllm.urls."""
     config = resolve(load_config(arguments.recipe, [*arguments.overrides, "rollout.engine=vllm"]))
-    vllm = config.rollout.vllm
+    role = "teacher" if arguments.teacher else "student"
+    path = getattr(config.model, role).hf_path
+    if path is None:
+        raise ConfigError("--teacher: the recipe has no model.teacher.hf_path")
+    vllm = servers_of(config.rollout.vllm, role)
     if vllm.api_key_variable not in os.environ:
         raise ConfigError(
             f"the environment has no {vllm.api_key_variable}, the key that trainer and server "
@@ -142,12 +153,12 @@ def serve(arguments: argparse.Namespace) -> int:
     from megatron_sgopd.vllm_server import check_port, check_version, installed_version, make_specs
 
     check_version(installed_version(vllm.python), vllm, vllm.python or "this environment")
-    port = vllm.port or 8000
+    port = config.rollout.vllm.port or 8000
     check_port(vllm.host, port)
     (spec,) = make_specs(
         replace(vllm, num_engines=1, port=port, devices=None),
-        resolve_hf_dir(config.model.student.hf_path),
-        "student",
+        resolve_hf_dir(path),
+        role,
         Path(config.logging.run_dir or "") / "engines",
         on_gpu=pick_device().type == "cuda",
         key=os.environ[vllm.api_key_variable],

@@ -26,6 +26,7 @@ from megatron_sgopd.jobs import Jobs, OnEveryRank, OnFirstRank
 from megatron_sgopd.loss import Objective
 from megatron_sgopd.metrics import MetricsWriter
 from megatron_sgopd.parallel import Groups, any_rank, initialize
+from megatron_sgopd.pending import of_columns
 from megatron_sgopd.prompts import (
     PromptStream,
     load_problems,
@@ -130,7 +131,8 @@ class Run:
         push_weights(self.student.model, self.engine, self.state.policy_version)
         if self.guard is None or not isinstance(self.engine, VllmEngine):
             return {}
-        return self.guard.check(self.engine, self.state.policy_version)
+        probed = self.guard.check(self.engine, self.state.policy_version)
+        return probed | self.engine.incidents()
 
     def open_teacher_engine(self) -> None:
         """The engine with the teacher's weights, if it is not there yet. Collective."""
@@ -238,8 +240,11 @@ def assemble(config: Config) -> Run:
     state = TrainState(world_size=groups.world_size, seed=config.seed, name=config.name)
     if config.distill.gate.eps != "auto":
         state.gate_eps = float(config.distill.gate.eps)
+    pending = None
     if checkpoints:
-        state = load_checkpoint(checkpoints[-1], student, seed=config.seed, name=config.name)
+        state, pending = load_checkpoint(
+            checkpoints[-1], student, seed=config.seed, name=config.name
+        )
     engine = None
     if config.distill.method != "sft" or config.evaluation.data:
         engine = make_engine(
@@ -284,6 +289,9 @@ def assemble(config: Config) -> Run:
     if isinstance(engine, VllmEngine):
         run.jobs = OnFirstRank(groups, run.engines)
         run.guard = Guard(student, config)
+    if pending is not None:
+        run.jobs.hand_back(of_columns(pending, run.prompts_of(state.step)[0]))
+        run.begun = state.step
     if engine is not None:
         run.push_weights()
     if dropped := len(problems) - len(prompts):

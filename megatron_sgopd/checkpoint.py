@@ -50,8 +50,13 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name))
 
 
-def save_checkpoint(run_dir: Path, student: Student, state: TrainState, keep: int) -> Path:
-    """Writes RUN_DIR/checkpoints/step-N and removes all but the newest `keep`. Collective."""
+def save_checkpoint(
+    run_dir: Path, student: Student, state: TrainState, keep: int, pending: Any = None
+) -> Path:
+    """Writes RUN_DIR/checkpoints/step-N and removes all but the newest `keep`. Collective.
+
+    `pending`: this replica's rollouts of the next step, where they are there already.
+    """
     final = checkpoint_path(run_dir, state.step)
     temporary = final.with_name(final.name + ".tmp")
     if dist.get_rank() == 0:
@@ -62,7 +67,8 @@ def save_checkpoint(run_dir: Path, student: Student, state: TrainState, keep: in
     # which is killed. A synchronous save puts and gets in this process: a plain queue will do.
     filesystem_async._results_queue = queue.Queue()
     with student.optimizer_at_hand():
-        dist_checkpointing.save(_sharded(student, state, is_loading=False), str(temporary))
+        whole = _sharded(student, state, pending, is_loading=False)
+        dist_checkpointing.save(whole, str(temporary))
     dist.barrier()  # every rank's shards are on disk before the name says so
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -73,8 +79,10 @@ def save_checkpoint(run_dir: Path, student: Student, state: TrainState, keep: in
     return final
 
 
-def load_checkpoint(path: Path, student: Student, *, seed: int, name: str) -> TrainState:
-    """Restores the student in place and returns where the run stood. Collective.
+def load_checkpoint(
+    path: Path, student: Student, *, seed: int, name: str
+) -> tuple[TrainState, Any]:
+    """Restores the student in place; where the run stood, and its pending rollouts. Collective.
 
     Raises:
         ValueError: the checkpoint is another run's (name or seed), naming both; or its RNG states
@@ -94,7 +102,7 @@ def load_checkpoint(path: Path, student: Student, *, seed: int, name: str) -> Tr
             f"{dist.get_world_size()}: start it with the same number"
         )
     with student.optimizer_at_hand():
-        wanted = _sharded(student, state, is_loading=True)
+        wanted = _sharded(student, state, None, is_loading=True)
         loaded = dist_checkpointing.load(wanted, str(path))
     for i, chunk in enumerate(student.model.chunks):
         chunk.load_state_dict(loaded[f"model{i}"])
@@ -105,13 +113,15 @@ def load_checkpoint(path: Path, student: Student, *, seed: int, name: str) -> Tr
     torch.set_rng_state(rng["cpu"])
     if rng["cuda"] is not None:
         torch.cuda.set_rng_state(rng["cuda"])
-    return state
+    return state, loaded["pending"]
 
 
-def _sharded(student: Student, state: TrainState, *, is_loading: bool) -> dict[str, Any]:
+def _sharded(
+    student: Student, state: TrainState, pending: Any, *, is_loading: bool
+) -> dict[str, Any]:
     # Interleaved stages hold several chunks; the names inside count layers over the whole model.
     model = {f"model{i}": c.sharded_state_dict() for i, c in enumerate(student.model.chunks)}
-    rank, world = dist.get_rank(), dist.get_world_size()
+    groups, rank, world = student.groups, dist.get_rank(), dist.get_world_size()
     on_gpu = student.groups.device.type == "cuda"
     rng = {
         "cpu": torch.get_rng_state(),
@@ -124,5 +134,12 @@ def _sharded(student: Student, state: TrainState, *, is_loading: bool) -> dict[s
         ),
         "scheduler": student.scheduler.state_dict(),
         "rng": ShardedObject("rng", rng, (world,), (rank,), replica_id=0),
+        "pending": ShardedObject(
+            "pending",
+            pending,
+            (groups.dp_size,),
+            (groups.dp_rank,),
+            replica_id=int(not groups.is_replica_first_rank),
+        ),
         "state": asdict(state),
     }

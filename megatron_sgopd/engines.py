@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sgopd.config.engines import LOCAL_HOSTS
+from megatron_sgopd.config.engines import LOCAL_HOSTS, servers_of
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import Config, VllmConfig
 from megatron_sgopd.embedded_engine import EmbeddedEngine
@@ -56,9 +56,7 @@ def make_engine(
             dtype=getattr(torch, config.model.dtype),
             max_batch_size=config.rollout.max_batch_size,
         )
-    vllm = config.rollout.vllm
-    if role == "teacher":  # beside the student's: its own servers, ports and places
-        vllm = replace(vllm, urls=None, port=None, num_engines=1 if vllm.urls else vllm.num_engines)
+    vllm = servers_of(config.rollout.vllm, role)
     key = _from_first_rank(new_key(vllm) if groups.rank == 0 else None)
     remotes = _remotes(vllm, groups, model, role, Path(config.logging.run_dir or ""), key, progress)
     described = _check(remotes, config, hf_config)
@@ -176,7 +174,7 @@ def _wait_ready(remote: Remote, progress: Progress) -> None:
             )
         elif not remote.client.is_ready():
             raise ConfigError(
-                f"{remote.client.url} (rollout.vllm.urls) does not answer: start it with `sgopd "
+                f"{remote.client.url} (rollout.vllm urls) does not answer: start it with `sgopd "
                 "serve RECIPE` and wait until it is ready, or name another"
             )
     except RuntimeError as error:

@@ -185,11 +185,11 @@ def _interleave_qkv(qkv: list[Tensor], hf_config: Any) -> Tensor:
     return torch.cat(by_group, 1).reshape(-1, hidden)
 
 
-def _split_qkv(fused: Tensor, hf_config: Any) -> list[Tensor]:
+def _split_qkv(fused: Tensor, index: int, hf_config: Any) -> Tensor:
     groups, d, hidden = hf_config.num_key_value_heads, hf_config.head_dim, fused.shape[-1]
     by_group = fused.view(groups, -1, hidden)
     parts = by_group.split([by_group.shape[1] - 2 * d, d, d], dim=1)
-    return [x.reshape(-1, hidden) for x in parts]
+    return parts[index].reshape(-1, hidden)
 
 
 # -- Megatron -> Hugging Face ----------------------------------------------------------------------
@@ -211,14 +211,16 @@ def iter_hf_weights(model: ShardedModel) -> Iterator[tuple[str, Tensor]]:
         names, dim = hf_names(name)
         if names[0] not in shapes:
             continue
-        if stage == groups.pp_rank:
-            parameter = mine[name].detach()
-            shards = _all_shards(parameter, model) if dim is not None else [parameter]
-            tensors = _from_shards(shards, names, dim, model)
-        else:
-            tensors = [torch.empty(shapes[n], dtype=dtype, device=groups.device) for n in names]
-        for hf_name, tensor in zip(names, tensors, strict=True):
-            yield hf_name, _from_stage(tensor.detach(), stage, groups.pp_group)
+        here = mine[name].detach() if stage == groups.pp_rank else None
+        shards = None if here is None else _all_shards(here, model, cut=dim is not None)
+        for i, hf_name in enumerate(names):  # one by one: a copy beside its parameter's shards
+            if shards is not None:
+                tensor = _from_shards(shards, i, names, dim, model)
+            else:
+                tensor = torch.empty(shapes[hf_name], dtype=dtype, device=groups.device)
+            yield hf_name, _from_stage(tensor, stage, groups.pp_group)
+            del tensor
+        del shards
 
 
 def _depth(megatron_name: str) -> tuple[int, int]:
@@ -238,22 +240,25 @@ def _from_stage(tensor: Tensor, stage: int, pp_group: dist.ProcessGroup) -> Tens
     return tensor
 
 
-def _all_shards(tensor: Tensor, model: ShardedModel) -> list[Tensor]:
+def _all_shards(tensor: Tensor, model: ShardedModel, *, cut: bool) -> Tensor:
+    """[tp, ...]: every rank's part of a parameter that is cut over TP; [1, ...]: a whole one."""
     groups = model.groups
-    if groups.tp_size == 1:
-        return [tensor]
-    shards = [torch.empty_like(tensor) for _ in range(groups.tp_size)]
-    dist.all_gather(shards, tensor.contiguous(), group=groups.tp_group)
+    if not cut or groups.tp_size == 1:
+        return tensor.unsqueeze(0)
+    shards = tensor.new_empty(groups.tp_size, *tensor.shape)
+    dist.all_gather_into_tensor(shards.flatten(0, 1), tensor.contiguous(), group=groups.tp_group)
     return shards
 
 
 def _from_shards(
-    shards: list[Tensor], names: tuple[str, ...], dim: int | None, model: ShardedModel
-) -> list[Tensor]:
-    if len(names) == 2:
-        halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in range(2)]
-    whole = shards[0] if dim is None else torch.cat(shards, dim)
+    shards: Tensor, index: int, names: tuple[str, ...], dim: int | None, model: ShardedModel
+) -> Tensor:
+    """The `index`-th of the Hugging Face tensors that a parameter is made of; a view if it can."""
+    if len(names) == 2:  # each rank's rows of gate, then its rows of up
+        return shards.unflatten(1, (2, -1))[:, index].flatten(0, 1)
+    if dim == 1:
+        return torch.cat(shards.unbind(), 1)
+    whole = shards.flatten(0, 1) if dim == 0 else shards[0]
     if len(names) == 3:
-        return _split_qkv(whole, model.hf_config)
-    return [whole[: model.true_vocab_size] if names[0] in (EMBEDDING, HEAD) else whole]
+        return _split_qkv(whole, index, model.hf_config)
+    return whole[: model.true_vocab_size] if names[0] in (EMBEDDING, HEAD) else whole

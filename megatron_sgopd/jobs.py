@@ -24,6 +24,10 @@ class Jobs(Protocol):
 
     def result(self) -> Any: ...
 
+    def hand_back(self, result: Any) -> None:
+        """What the next `result` gives, in place of a job begun."""
+        ...
+
     def settle(self) -> None:
         """Returns when no engine is being asked."""
         ...
@@ -44,6 +48,9 @@ class OnEveryRank:
         assert self._job is not None, "begin comes first"
         job, self._job = self._job, None
         return job()
+
+    def hand_back(self, result: Any) -> None:
+        self._job = lambda: result
 
     def settle(self) -> None:
         pass
@@ -73,6 +80,11 @@ class OnFirstRank:
         assert self._begun is not None, "begin comes first"
         (job, future), self._begun = self._begun, None
         return self._finish(job, future)
+
+    def hand_back(self, result: Any) -> None:
+        assert self._begun is None, "one job at a time"
+        future = _done(result) if self._groups.is_replica_first_rank else None
+        self._begun = (lambda: result, future)
 
     def settle(self) -> None:
         if self._begun is not None and self._begun[1] is not None:

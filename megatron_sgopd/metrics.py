@@ -102,6 +102,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._begun = time.perf_counter()
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -109,12 +110,18 @@ class Clock:
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
-            self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + spent
+            self.add(name, time.perf_counter() - start)
 
-    def take(self) -> dict[str, float]:
-        """The spans since the last call."""
-        taken, self.seconds = self.seconds, {}
+    def add(self, name: str, seconds: float) -> None:
+        key = f"time/{name}_s"
+        self.seconds[key] = self.seconds.get(key, 0.0) + seconds
+
+    def take(self, whole: str | None = None) -> dict[str, float]:
+        """The spans since the last call; `whole` names all the time since then."""
+        now = time.perf_counter()
+        if whole is not None:
+            self.add(whole, now - self._begun)
+        taken, self.seconds, self._begun = self.seconds, {}, now
         return taken
 
 

@@ -10,6 +10,7 @@ Shapes: P prompts of the replica, G = n rollouts per prompt.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_sgopd import sgopd
 from megatron_sgopd.config.schema import Config
+from megatron_sgopd.metrics import Clock
 from megatron_sgopd.parallel import Groups, broadcast_object
 from megatron_sgopd.types import Completion, Engine, Prompt, Request, Rollout, RolloutSource
 from megatron_sgopd.verifier import VerifierPool
@@ -35,6 +37,7 @@ class Sampler:
     decode: Decode
     stop_token_ids: tuple[int, ...]
     alone: bool = False  # the first rank runs jobs by itself
+    clock: Clock = field(default_factory=Clock)  # of a job's parts
 
     def rollouts(
         self,
@@ -73,17 +76,22 @@ class Sampler:
             return broadcast_object(None, self.groups)
         assert self.verifier is not None, "the replica's first rank owns the verifier"
         order: list[tuple[int, Completion]] = []
+        begun = arrived = time.perf_counter()
 
         def answers() -> Iterator[tuple[str, str]]:
+            nonlocal arrived
             for index, completion in arriving:
                 order.append((index, completion))
                 yield self.decode(completion.token_ids), prompts[index].answer
+            arrived = time.perf_counter()
 
         done: dict[int, Rollout] = {}
         for place, verdict in self.verifier.verify_iter(answers()):
             index, completion = order[place]
             is_correct = verdict.is_correct and completion.finish_reason == "stop"
             done[index] = Rollout(prompts[index], completion, source, is_correct)
+        self.clock.add(f"generate_{source}", arrived - begun)
+        self.clock.add("label", time.perf_counter() - arrived)  # what generation did not hide
         rollouts = [done[i] for i in range(len(prompts))]
         return rollouts if self.alone else broadcast_object(rollouts, self.groups)
 
@@ -128,6 +136,7 @@ class Batch:
     requested: int = 0  # slots that asked the teacher
     # student accuracy on the prompt ("none", "some", "all") -> (endorsed, asked)
     endorsed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # of its making, by part
 
     @property
     def rollouts(self) -> list[Rollout]:

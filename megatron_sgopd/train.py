@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_sgopd.failure import failing_together
 from megatron_sgopd.hf_files import resolve_hf_dir, write_hf_dir
 from megatron_sgopd.hf_weights import iter_hf_weights
 from megatron_sgopd.metrics import Clock, progress_bar, reduced_means
+from megatron_sgopd.pending import to_columns
 from megatron_sgopd.rollout import (
     Batch,
     batch_metrics,
@@ -44,13 +46,14 @@ def main(config: Config) -> None:
 
 def train(config: Config) -> None:
     """The method's algorithm (docs/method.md, "One step"), from wherever the run stands."""
-    run, clock, started = assemble(config), Clock(), time.time()
+    run, started = assemble(config), time.time()
     state = run.state
     if run.resumed:
         run.say(f"{config.name}: resumed at step {state.step} of {config.num_steps}")
     if config.evaluation.at_start and state.step == 0:
         evaluate_and_write(run, "start")
     bar = progress_bar(config.name, config.num_steps, initial=state.step, show=run.shows)
+    clock = Clock()
     with checkpoint_when_engines_are_lost(run):
         while state.step < config.num_steps and not run.stop_requested():
             with clock.span("rollout"):
@@ -77,9 +80,9 @@ def train(config: Config) -> None:
             if due(state.step, config.evaluation.every) and state.step < config.num_steps:
                 with clock.span("evaluate"):
                     metrics |= evaluate_during(run)
-            run.log(clock.take())
+            run.log(clock.take("step") | batch.seconds)
             if due(state.step, config.checkpoint.every) and state.step < config.num_steps:
-                save_checkpoint(run.dir, run.student, state, config.checkpoint.keep)
+                save(run)
             bar.update()
             bar.set_postfix_str(headline(metrics))
     bar.close()
@@ -121,30 +124,40 @@ def begin_batch(run: Run, step: int) -> None:
     run.begun = step
 
 
+def save(run: Run) -> Path:
+    """A checkpoint, with the rollouts that were begun ahead of their step: none is made twice."""
+    pending = None
+    if run.begun is not None:
+        batch = run.jobs.result()
+        run.jobs.hand_back(batch)
+        pending = to_columns(batch)
+    return save_checkpoint(run.dir, run.student, run.state, run.config.checkpoint.keep, pending)
+
+
 def make_batch(run: Run, step: int) -> Batch:
     """This replica's share of the step's rollouts, labelled, with teacher rollouts mixed in."""
-    config = run.config
+    config, sampler = run.config, replace(run.sampler, clock=Clock())
     prompts, first = run.prompts_of(step)
     if config.distill.method == "sft":
         solutions = [[r] for r in solutions_as_rollouts(prompts)]
         return Batch(solutions, student_groups=[])
     assert run.engine is not None, "on-policy methods have an engine"
-    groups = generate_groups(run.sampler, run.engine, prompts, step=step, first_prompt=first)
-    fraction = run.teacher_fraction(step)
-    if fraction == 0.0:
-        return Batch(groups, student_groups=groups)
-    slots = sgopd.teacher_slots(
-        fraction,
-        num_prompts=config.rollout.num_prompts,
-        n=config.rollout.n,
-        unit=config.distill.phases.unit,
-        seed=config.seed,
-        step=step,
-    )
-    assert run.teacher_engine is not None, "opened before the job"
-    return mix_teacher_rollouts(
-        run.sampler, run.teacher_engine, groups, slots, step=step, first_prompt=first
-    )
+    groups = generate_groups(sampler, run.engine, prompts, step=step, first_prompt=first)
+    batch = Batch(groups, student_groups=groups)
+    if (fraction := run.teacher_fraction(step)) > 0.0:
+        slots = sgopd.teacher_slots(
+            fraction,
+            num_prompts=config.rollout.num_prompts,
+            n=config.rollout.n,
+            unit=config.distill.phases.unit,
+            seed=config.seed,
+            step=step,
+        )
+        assert run.teacher_engine is not None, "opened before the job"
+        batch = mix_teacher_rollouts(
+            sampler, run.teacher_engine, groups, slots, step=step, first_prompt=first
+        )
+    return replace(batch, seconds=sampler.clock.take())
 
 
 def evaluate_during(run: Run) -> dict[str, float]:
@@ -185,8 +198,7 @@ def finish(run: Run, seconds: float) -> None:
     config, state = run.config, run.state
     finished = state.step >= config.num_steps
     if config.checkpoint.at_end or not finished:
-        path = save_checkpoint(run.dir, run.student, state, config.checkpoint.keep)
-        run.say(f"{config.name}: checkpoint {path}")
+        run.say(f"{config.name}: checkpoint {save(run)}")
     if not finished:
         run.set_status("stopped")
         run.say(f"{config.name}: stopped on request at step {state.step}; train again to go on")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.parallel import Groups, any_rank
@@ -70,7 +71,7 @@ class VllmEngine:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(max_concurrency, thread_name_prefix="sgopd-requests")
         self._answers: dict[Request, Completion] = {}  # of a job that an engine's end cut short
-        self.resent = 0  # requests that had to be asked again
+        self._restarts, self._resent = 0, 0
 
     # -- generation: first ranks alone -------------------------------------------------------------
 
@@ -123,7 +124,7 @@ class VllmEngine:
                 healthy = remote.client.is_ready()  # a connection may break and the server be well
                 with self._lock:
                     remote.failures += 1
-                    self.resent += 1
+                    self._resent += 1
                     if remote.alive and not (healthy and remote.failures < MAX_FAILURES):
                         logger.warning("%s; its requests are sent again", error)
                         remote.alive = False
@@ -207,6 +208,7 @@ class VllmEngine:
         each(lambda sender: sender.begin())
         for bucket in buckets(stream, self._bucket_bytes, self._dtype, device):
             each(lambda sender, bucket=bucket: sender.send(bucket))  # type: ignore[misc]
+            del bucket  # else the next one is made beside it
         each(lambda sender: sender.finish(policy_version))
         for remote in targets:
             if (held := remote.client.policy_version()) != policy_version:
@@ -239,6 +241,7 @@ class VllmEngine:
                 logger.warning("%s", error)
                 continue
             remote.alive, remote.failures = True, 0
+            self._restarts += 1
             revived.add(remote.index)
         return revived
 
@@ -264,6 +267,13 @@ class VllmEngine:
     def probe(self, ask: Callable[[VllmClient], Any]) -> list[tuple[str, Any]]:
         """(URL, what `ask` says) of every engine this rank owns."""
         return [(r.client.url, ask(r.client)) for r in self._owned]
+
+    def incidents(self) -> dict[str, float]:
+        """Engines that came back, and requests sent again, so far in the run. Collective."""
+        device = self._groups.device
+        told = torch.tensor([self._restarts, self._resent], dtype=torch.float32, device=device)
+        dist.all_reduce(told)
+        return {"engine/restarts": float(told[0]), "engine/requests_resent": float(told[1])}
 
     def close(self) -> None:
         """Ends the servers that this rank started."""

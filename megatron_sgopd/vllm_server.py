@@ -79,7 +79,8 @@ class ServerSpec:
             command += ["--gpu-memory-utilization", str(v.gpu_memory_utilization)]
             command += ["--enable-sleep-mode"] if v.colocated else []
         else:
-            command += ["--enforce-eager"]
+            # With seeded requests vLLM 0.32 fails on CPUs when a prompt is taken in two parts.
+            command += ["--enforce-eager", "--no-enable-chunked-prefill"]
         return command + list(v.extra_args)
 
     def environment(self) -> dict[str, str]:

@@ -6,7 +6,7 @@ Both ends import this file, the trainer's ranks and vLLM's workers: torch alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -49,33 +49,27 @@ def buckets(
 ) -> Iterator[Bucket]:
     """Packs a stream of weights, cast to `dtype`, into buffers of at most `max_bytes`.
 
-    A tensor larger than that is a bucket of its own. Each bucket is a fresh buffer: the receiver
-    may still hold views of the one before.
+    A tensor larger than that is a bucket of its own. Tensors are copied into the buffer as they
+    come, so that beside it only the stream's current one is held. Each bucket is a fresh buffer:
+    the receiver may still hold views of the one before.
     """
-    waiting: list[tuple[str, Tensor]] = []
-    size = 0
+    flat, used = torch.empty(0, dtype=torch.uint8), 0
+    entries: list[Entry] = []
     for name, tensor in weights:
-        cost = _aligned(tensor.numel() * dtype.itemsize)
-        if waiting and size + cost > max_bytes:
-            yield _pack(waiting, size, dtype, device)
-            waiting, size = [], 0
-        waiting.append((name, tensor))
-        size += cost
-    if waiting:
-        yield _pack(waiting, size, dtype, device)
-
-
-def _pack(
-    weights: Sequence[tuple[str, Tensor]], size: int, dtype: torch.dtype, device: torch.device
-) -> Bucket:
-    flat = torch.empty(size, dtype=torch.uint8, device=device)
-    entries, offset = [], 0
-    for name, tensor in weights:
-        entry = Entry(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), offset)
+        entry = Entry(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), used)
+        size = _aligned(entry.num_bytes)
+        if used + size > flat.numel():
+            if entries:
+                yield Bucket(entries, flat[:used])
+                entry, entries, used = replace(entry, offset=0), [], 0
+            del flat  # before the next one is made; so should the caller
+            flat = torch.empty(max(max_bytes, size), dtype=torch.uint8, device=device)
         view(flat, entry).copy_(tensor)
+        del tensor  # as well
         entries.append(entry)
-        offset += _aligned(entry.num_bytes)
-    return Bucket(entries, flat)
+        used += size
+    if entries:
+        yield Bucket(entries, flat[:used])
 
 
 def view(flat: Tensor, entry: Entry) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -97,9 +99,7 @@ class WeightSender:
             "world_size": world,
         }
         told = self._thread.submit(self._client.init_transfer, info)
-        joined = ThreadPoolExecutor(1).submit(
-            make_group, self.transport, address, port, 0, world, TIMEOUT_S
-        )
+        joined = _in_thread(lambda: make_group(self.transport, address, port, 0, world, TIMEOUT_S))
         while not joined.done():
             if told.done() and (error := told.exception()):
                 raise error  # the group's thread gives up at its own timeout
@@ -107,6 +107,20 @@ class WeightSender:
         self._group, self._store = joined.result()
         told.result()
         self._open = True
+
+
+def _in_thread(work: Callable[[], Any]) -> Future[Any]:
+    """A thread that nobody waits for at exit: joining a group has no end but its own timeout."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="sgopd-weights-group", daemon=True).start()
+    return future
 
 
 def _both(told: Future[Any], work: Any) -> None:

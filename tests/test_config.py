@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from megatron_sgopd.config.checks import problems, resolve
+from megatron_sgopd.config.engines import servers_of
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import content_hash, diff, flatten, load_config, to_yaml
 from megatron_sgopd.config.schema import Config
@@ -356,6 +357,15 @@ BAD_ENGINES = [
     (["rollout.engine=vllm", "rollout.vllm.gpu_memory_utilization=1.5"], "a share above 0"),
     (["rollout.engine=vllm", "rollout.vllm.max_model_len=10"], "at least that many, or null"),
     (["rollout.engine=vllm", "rollout.vllm.transfer_folder=/tmp"], "'file' alone"),
+    (["rollout.engine=vllm", "rollout.vllm.teacher.urls=['a:1']"], "vllm.teacher.urls has 'a:1'"),
+    (
+        ["rollout.engine=vllm", "rollout.vllm.teacher.devices=['0','1']"],
+        "have 2 entries of devices and num_engines is 1",
+    ),
+    (
+        ["rollout.engine=vllm", "rollout.vllm.colocated=true"],
+        "add up to 1.80; at most 0.95",
+    ),
     (["rollout.vllm.num_engines=0"], "must be at least 1"),
     (["rollout.vllm.bucket_mb=0"], "must be above 0"),
 ]
@@ -374,3 +384,18 @@ def test_a_policy_lag_brings_importance_sampling(tmp_path: Path) -> None:
     assert resolve(load(tmp_path, GOOD, *settings)).rollout.tis == "none"
     behind = resolve(load(tmp_path, GOOD, *settings, "rollout.max_policy_lag=1"))
     assert behind.rollout.tis == "token"
+
+
+def test_the_teachers_servers_are_the_students_but_for_what_is_said(tmp_path: Path) -> None:
+    settings = ["rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=2"]
+    settings += ["rollout.vllm.teacher.gpu_memory_utilization=0.3", "rollout.vllm.port=9000"]
+    vllm = resolve(load(tmp_path, GOOD, *settings)).rollout.vllm
+    assert servers_of(vllm, "student") is vllm
+    teacher = servers_of(vllm, "teacher")
+    assert (teacher.tensor_parallel_size, teacher.gpu_memory_utilization) == (2, 0.3)
+    assert teacher.port is None  # the student's server has that one
+    given = replace(vllm, urls=["http://a:1", "http://b:1"], num_engines=2)
+    assert (servers_of(given, "teacher").urls, servers_of(given, "teacher").num_engines) == (
+        None,
+        1,
+    )

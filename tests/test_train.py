@@ -117,6 +117,26 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("how", ["stop", "die"])
+def test_rollouts_made_ahead_of_their_step_are_in_the_checkpoint(
+    pool: Any, world: Path, tmp_path: Path, how: str
+) -> None:
+    every = "checkpoint.every=2"
+
+    def ahead(name: str, fault: tuple[str, int] | None = None) -> Any:
+        settings = overrides(world, tmp_path / name, every)
+        return pool(2).run(train_cases.run_ahead, "recipes/demo/sg_opd.yaml", settings, fault)
+
+    assert ahead("whole") == ["finished"] * 2
+    after = 2 if how == "stop" else 3
+    assert ahead("cut", (how, after)) == ["stopped" if how == "stop" else "died"] * 2
+    assert ahead("cut") == ["finished"] * 2
+    rows = [train_cases.metrics_without_time(tmp_path / name) for name in ("whole", "cut")]
+    assert rows[0] == rows[1]
+    # Step 2's were made for the checkpoint after two steps, and not again after it.
+    assert (tmp_path / "cut" / "made").read_text().split() == ["0", "1", "2", "3"]
+
+
 LAYOUTS = {  # of two ranks
     "PP2, packed": ["pipeline_model_parallel_size=2", "micro_batch_tokens=60"],
     "PP2 x VPP2": [

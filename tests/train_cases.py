@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+import megatron_sgopd.train as trainer
 from megatron_sgopd.assemble import Run
 from megatron_sgopd.config.checks import resolve
 from megatron_sgopd.config.load import load_config
+from megatron_sgopd.config.schema import Config
 from megatron_sgopd.parallel import shutdown
-from megatron_sgopd.train import train
 
 
 class PlannedFault(RuntimeError):
@@ -39,7 +41,7 @@ def run(recipe: str, overrides: Sequence[str], fault: tuple[str, int] | None = N
 
     Run.log = log  # type: ignore[method-assign]
     try:
-        train(config)
+        trainer.train(config)
     except PlannedFault:
         return "died"
     finally:
@@ -48,6 +50,31 @@ def run(recipe: str, overrides: Sequence[str], fault: tuple[str, int] | None = N
         shutdown()
         dist.barrier()
     return (Path(config.logging.run_dir or "") / "status").read_text().strip()
+
+
+def run_ahead(recipe: str, overrides: Sequence[str], fault: tuple[str, int] | None = None) -> str:
+    """`run`, with rollouts of the next step made before a checkpoint, as one step off.
+
+    RUN_DIR/made lists the steps whose rollouts were made. (The recipe's check keeps the embedded
+    engine from it, which cannot decode while it trains: here it decodes for the checkpoint.)
+    """
+    plain_resolve, plain_make = globals()["resolve"], trainer.make_batch
+
+    def resolve_ahead(config: Config, world_size: int) -> Config:
+        resolved = plain_resolve(config, world_size)
+        return replace(resolved, rollout=replace(resolved.rollout, max_policy_lag=1))
+
+    def make_batch(run: Run, step: int) -> Any:
+        if run.is_first:
+            with open(run.dir / "made", "a") as file:
+                file.write(f"{step}\n")
+        return plain_make(run, step)
+
+    globals()["resolve"], trainer.make_batch = resolve_ahead, make_batch
+    try:
+        return run(recipe, overrides, fault)
+    finally:
+        globals()["resolve"], trainer.make_batch = plain_resolve, plain_make
 
 
 def error_of(recipe: str, overrides: Sequence[str]) -> str:

@@ -7,9 +7,15 @@ from dataclasses import replace
 from typing import Literal
 from urllib.parse import urlsplit
 
-from megatron_sgopd.config.schema import Config, RolloutConfig, VllmConfig
+from megatron_sgopd.config.schema import (
+    Config,
+    RolloutConfig,
+    TeacherServersConfig,
+    VllmConfig,
+)
 
 PROBE_PROMPT, PROBE_LENGTH = 272, 16  # tokens of the guard's fixed sequences (docs/vllm.md)
+MOST_OF_A_GPU = 0.95  # of its memory, for servers
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -37,6 +43,7 @@ def engine_problems(config: Config) -> Iterator[str]:
             "importance sampling; set rollout.tis to token or auto"
         )
     yield from _servers(vllm)
+    yield from _teacher_servers(config)
     needed = rollout.max_prompt_tokens + rollout.max_new_tokens
     if vllm.max_model_len is not None and vllm.max_model_len < needed:
         yield (
@@ -46,12 +53,7 @@ def engine_problems(config: Config) -> Iterator[str]:
 
 
 def _servers(vllm: VllmConfig) -> Iterator[str]:
-    for url in vllm.urls or []:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            yield f"rollout.vllm.urls has {url!r}; http://HOST:PORT is wanted"
-    if vllm.urls is not None and not vllm.urls:
-        yield "rollout.vllm.urls is []; name servers, or set null to have them started"
+    yield from _urls("rollout.vllm.urls", vllm.urls)
     if vllm.urls and vllm.colocated:
         yield "rollout.vllm.colocated starts its own servers; set rollout.vllm.urls to null"
     if vllm.port is not None and not 0 < vllm.port < 65536:
@@ -71,6 +73,48 @@ def _servers(vllm: VllmConfig) -> Iterator[str]:
             "rollout.vllm.transfer_folder is read by weight_transfer 'file' alone, which is "
             f"{vllm.weight_transfer!r}"
         )
+
+
+def _urls(name: str, urls: list[str] | None) -> Iterator[str]:
+    for url in urls or []:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            yield f"{name} has {url!r}; http://HOST:PORT is wanted"
+    if urls is not None and not urls:
+        yield f"{name} is []; name servers, or set null to have them started"
+
+
+def _teacher_servers(config: Config) -> Iterator[str]:
+    student, phases = config.rollout.vllm, config.distill.phases
+    teacher = servers_of(student, "teacher")
+    yield from _urls("rollout.vllm.teacher.urls", teacher.urls)
+    if teacher.devices is not None and len(teacher.devices) != teacher.num_engines:
+        yield (
+            f"the teacher's servers (rollout.vllm.teacher) have {len(teacher.devices)} entries of "
+            f"devices and num_engines is {teacher.num_engines}: one for each"
+        )
+    shared = student.colocated or student.devices is not None
+    shared = shared and teacher.devices == student.devices and not teacher.urls
+    both = student.gpu_memory_utilization + teacher.gpu_memory_utilization
+    if shared and both > MOST_OF_A_GPU and phases.enabled and phases.source == "engine":
+        yield (
+            "rollout.vllm.gpu_memory_utilization of the student's and the teacher's servers, which "
+            f"share devices while the teacher is asked, add up to {both:.2f}; at most "
+            f"{MOST_OF_A_GPU}: set rollout.vllm.teacher.gpu_memory_utilization, or "
+            "rollout.vllm.teacher.devices to GPUs of their own"
+        )
+
+
+def servers_of(vllm: VllmConfig, role: str) -> VllmConfig:
+    """The settings of the student's or the teacher's servers."""
+    if role != "teacher":
+        return vllm
+    own = {key: value for key, value in vars(vllm.teacher).items() if value is not None}
+    if vllm.urls:  # servers that somebody else started say nothing about those to start here
+        own = {"num_engines": 1, **own}
+    if vllm.teacher.urls:
+        own["num_engines"] = len(vllm.teacher.urls)
+    return replace(vllm, **{"urls": None, "port": None, "teacher": TeacherServersConfig(), **own})
 
 
 def resolve_engine(rollout: RolloutConfig, dtype: Literal["float32", "bfloat16"]) -> RolloutConfig:

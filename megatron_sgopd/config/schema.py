@@ -111,6 +111,17 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class TeacherServersConfig:
+    """The teacher's servers, there while phased teacher sampling asks; null: as the student's."""
+
+    num_engines: int | None = None
+    urls: list[str] | None = None  # null: started and shut down by the trainer
+    tensor_parallel_size: int | None = None
+    devices: list[str] | None = None
+    gpu_memory_utilization: float | None = None
+
+
+@dataclass(frozen=True)
 class VllmConfig:
     """vLLM servers of the student (docs/vllm.md); the trainer starts them, or uses those given."""
 
@@ -135,6 +146,7 @@ class VllmConfig:
     startup_timeout_s: float = 900.0
     request_timeout_s: float = 3600.0  # one completion
     max_restarts: int = 3  # of servers in one recovery, before the run stops with a checkpoint
+    teacher: TeacherServersConfig = field(default_factory=TeacherServersConfig)
     allow_untested_version: bool = False
     extra_args: list[str] = field(default_factory=list)  # as vLLM's server takes them
 

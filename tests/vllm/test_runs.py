@@ -97,6 +97,8 @@ def test_one_step_off_with_a_teacher_and_a_killed_engine(world: Path, tmp_path: 
     assert lags[0] == 0 and lags[1:3] == [1, 1] and lags[-1] == 1
     assert all(0 <= lag <= 1 for lag in lags)
     assert all(row["engine/probe_mismatch_kl"] < 1e-9 for row in done)
+    assert [row["engine/restarts"] for row in done[:3]] == [0, 0, 0]
+    assert done[-1]["engine/restarts"] == 1, "the killed one, and none that died of itself"
     assert "is started again" in Path(f"{run_dir}.out").read_text()
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["engine"], summary["engine_version"]) == ("vllm", "0.32.0")

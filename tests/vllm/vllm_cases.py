@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import resource
+import copy
+import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
+from megatron_sgopd import versions
 from megatron_sgopd.config.checks import resolve
+from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import (
     Config,
     DataConfig,
@@ -22,9 +30,12 @@ from megatron_sgopd.config.schema import (
     StudentConfig,
     VllmConfig,
 )
+from megatron_sgopd.engines import make_engine
+from megatron_sgopd.hf_files import read_hf_config
 from megatron_sgopd.hf_weights import iter_hf_weights, load_hf_weights
+from megatron_sgopd.jobs import OnFirstRank
 from megatron_sgopd.metrics import mismatch_kl
-from megatron_sgopd.types import Request
+from megatron_sgopd.types import Completion, EngineLost, Request
 from megatron_sgopd.vllm_client import VllmClient
 from megatron_sgopd.vllm_engine import Remote, VllmEngine
 from megatron_sgopd.weight_sender import WeightSender
@@ -208,23 +219,126 @@ def without(name: str, stream: Any) -> Iterator[tuple[str, Tensor]]:
     return ((n, t) for n, t in stream if n != name)
 
 
-def push_memory(url: str, key: str, path: str, bucket_bytes: int) -> tuple[float, float]:
-    """(bytes by which this rank's peak memory grew in a push, bytes of all weights)."""
+def preflight(url: str, key: str, path: str, log_folder: str) -> dict[str, str]:
+    """What is said before training of each way in which a server may not fit."""
+    os.environ["SGOPD_ENGINE_KEY"] = key
+    plain = config_of(path, temperature=1.0)
+    hf_config = read_hf_config(Path(path))
+
+    def refusal(hf: Any = hf_config, **vllm: Any) -> str:
+        vllm = {"urls": [url], "num_engines": 1, "max_model_len": 400, **vllm}
+        settings = replace(plain.rollout.vllm, **vllm)
+        config = replace(
+            plain,
+            rollout=replace(plain.rollout, vllm=settings),
+            logging=replace(plain.logging, run_dir=log_folder),
+        )
+        try:
+            make_engine(config, groups, hf, Path(path)).close()
+        except (ConfigError, EngineLost) as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing was said"
+
+    def other(**changes: Any) -> Any:
+        changed = copy.deepcopy(hf_config)
+        changed.update(changes)
+        return changed
+
+    with layout(1) as groups, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = {
+            "it fits": refusal(),
+            "unreachable": refusal(urls=["http://127.0.0.1:9"]),
+            "vocabulary": refusal(other(vocab_size=332)),
+            "wrong model": refusal(other(model_type="llama")),
+            "dtype": refusal(dtype="bfloat16"),
+            "too short": refusal(max_model_len=401),
+            "port taken": refusal(urls=None, port=taken.getsockname()[1]),
+            "no vLLM": refusal(urls=None, python="/usr/bin/true"),
+            "server that ends": refusal(urls=None, extra_args=["--no-such-option"]),
+        }
+        os.environ["SGOPD_ENGINE_KEY"] = "another"
+        said["wrong key"] = refusal()
+        os.environ["SGOPD_ENGINE_KEY"] = key
+        tested, versions.TESTED["vllm"] = versions.TESTED["vllm"], ("9.9.9",)
+        said["wrong version"] = refusal()
+        versions.TESTED["vllm"] = tested
+        del os.environ["SGOPD_ENGINE_KEY"]
+        return said
+
+
+def killed(path: str, folder: str) -> dict[str, Any]:
+    """A server killed in the middle of generation, and the next one in the middle of a push."""
+    plain = config_of(path, temperature=1.0)
+    vllm = replace(plain.rollout.vllm, urls=None, num_engines=1, max_model_len=400)
+    vllm = replace(vllm, bucket_mb=0.1)
+    config = replace(
+        plain,
+        rollout=replace(plain.rollout, vllm=vllm),
+        logging=replace(plain.logging, run_dir=folder),
+    )
+    requests = [
+        Request(tuple(range(5, 60 + i)), seed=i, max_new_tokens=5 + 6 * i, temperature=1.0)
+        for i in range(32)
+    ]
     with layout(1) as groups:
         model = build(path, groups)
         load_hf_weights(model, Path(path))
-        total = sum(t.numel() * t.element_size() for _, t in iter_hf_weights(model))
-        engine = engine_of(url, key, groups, "gloo", bucket_bytes)
-        engine.push_weights(lambda: iter_hf_weights(model), 1)  # what is allocated once
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = resident("VmRSS")
-        engine.push_weights(lambda: iter_hf_weights(model), 2)
-        grown = resident("VmHWM") - before
+        engine = make_engine(config, groups, read_hf_config(Path(path)), Path(path))
+        assert isinstance(engine, VllmEngine)
+        guard = Guard(SimpleNamespace(model=model, groups=groups), config)  # type: ignore[arg-type]
+        jobs = OnFirstRank(groups, lambda: [engine])
+        engine.push_weights(lambda: iter_hf_weights(model), 7)
+        undisturbed = jobs.run(lambda: engine.generate(requests))
+        (remote,) = engine._remotes
+        assert engine.incidents()["engine/restarts"] == 0
+        asked: list[Request] = []
+        answered: list[Completion] = []
+        plain_complete, plain_send = remote.client.complete, WeightSender.send
+        sends: list[int] = []
+        lock = threading.Lock()
+
+        def complete(request: Request) -> Completion:
+            asked.append(request)
+            answer = plain_complete(request)
+            with lock:
+                answered.append(answer)
+                if len(answered) == 8:
+                    kill()
+            return answer
+
+        def kill() -> None:
+            assert remote.server is not None and remote.server.pid is not None
+            for process in psutil.Process(remote.server.pid).children(recursive=True):
+                process.kill()
+
+        def send(self: WeightSender, bucket: Any) -> None:
+            sends.append(len(bucket.entries))
+            if len(sends) == 3:
+                kill()
+            plain_send(self, bucket)
+
+        remote.client.complete = complete  # type: ignore[method-assign]
+        WeightSender.send = send  # type: ignore[method-assign]
+        begun = time.monotonic()
+        answers = jobs.run(lambda: engine.generate(requests))
+        seconds = time.monotonic() - begun
+        WeightSender.send = plain_send  # type: ignore[method-assign]
+        told = {
+            "answers": len(answers),
+            "versions": {c.policy_version for c in answers},
+            "seeds in order": [c.seed for c in answers] == [r.seed for r in requests],
+            "asked": len(asked),
+            **engine.incidents(),
+            "sends": len(sends),
+            "differ": sum(
+                a.token_ids != b.token_ids for a, b in zip(answers, undisturbed, strict=True)
+            ),
+            "probe": guard.check(engine, 7)["engine/probe_mismatch_kl"],
+            "seconds": seconds,
+        }
+        pid = remote.server.pid if remote.server else None
         engine.close()
-        assert resource.getpagesize() > 0
-        return grown, total
-
-
-def resident(key: str) -> float:
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(key + ":")[1].split()[0]) * 1024.0
+        told["left"] = pid is not None and psutil.pid_exists(pid)
+        return told
