@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -108,10 +109,12 @@ def torchrun(run_dir: Path, arguments: list[str]) -> int:
     # After a failure torchrun sends the other ranks SIGTERM and, 30 s later, SIGKILL: no option
     # changes that, and our ranks take SIGTERM for a request to stop after the step.
     PContext.close.__defaults__ = (None, GRACE_S)  # death_sig, timeout
-    parsed = run.parse_args(arguments)
-    parsed.signals_to_handle = "SIGQUIT"
     try:
-        run.run(parsed)
+        # Where torchrun would keep its logs, of which there are none: it leaves the folder behind.
+        with tempfile.TemporaryDirectory(prefix="sgopd-torchrun-") as logs:
+            parsed = run.parse_args(["--log-dir", logs, *arguments])
+            parsed.signals_to_handle = "SIGQUIT"
+            run.run(parsed)
     except ChildFailedError as error:
         _write_status(run_dir, "failed")
         print(f"\n{_last_words(run_dir, error.failures)}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,7 @@ from megatron_sgopd.versions import TESTED, installed, is_tested
 NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ROLE_", "GROUP_")
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
+LEFT_OVER_S = 4.0  # the same for what a server leaves behind
 PR_SET_PDEATHSIG = 1
 
 
@@ -274,32 +276,61 @@ def supervise(command: list[str]) -> int:
     def ended_with_us() -> None:  # should this process be killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    server = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=ended_with_us
-    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.close(0))
-    asked = False
-    while server.poll() is None and not asked:
+    with tempfile.TemporaryDirectory(prefix="sgopd-vllm-", ignore_cleanup_errors=True) as folder:
+        server = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "VLLM_RPC_BASE_PATH": folder, "TMPDIR": folder},
+            start_new_session=True,
+            preexec_fn=ended_with_us,
+        )
+        asked = False
+        while server.poll() is None and not asked:
+            try:
+                ready = select.select([0], [], [], 0.2)[0]
+                asked = bool(ready) and not os.read(0, 1)
+            except OSError:  # closed by a signal
+                asked = True
+        shared = _shared_memory(server.pid)
+        if server.poll() is None:
+            server.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(GRACE_S)
+        _end_session(server.pid)
+        for segment in shared:  # tensor parallel workers on CPUs leave theirs
+            segment.unlink(missing_ok=True)
+        return 0 if asked else server.wait()
+
+
+def _shared_memory(group: int) -> set[Path]:
+    """The segments that vLLM's processes in a session have mapped."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
         try:
-            ready = select.select([0], [], [], 0.2)[0]
-            asked = bool(ready) and not os.read(0, 1)
-        except OSError:  # closed by a signal
-            asked = True
-    if server.poll() is None:
-        server.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(GRACE_S)
-    _kill_session(server.pid)
-    return 0 if asked else server.wait()
+            if os.getpgid(int(place.name)) == group:
+                lines = (place / "maps").read_text().splitlines()
+                found |= {line.split(None, 5)[5] for line in lines if " /dev/shm/" in line}
+        except OSError:  # it ended meanwhile
+            continue
+    return {Path(p) for p in found if Path(p).name.startswith(("vllm", "psm_"))}
 
 
-def _kill_session(group: int) -> None:
-    """Whatever is left of the server: engine core, workers."""
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def _end_session(group: int) -> None:
+    """Whatever is left of the server: engine core, workers.
+
+    Python's trackers of shared memory ignore SIGTERM and give it back once the others are gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + LEFT_OVER_S
+        try:
+            os.killpg(group, number)
+            while time.monotonic() < deadline:
+                os.killpg(group, 0)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            return
 
 
 if __name__ == "__main__":

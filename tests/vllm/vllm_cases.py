@@ -311,7 +311,8 @@ def killed(path: str, folder: str) -> dict[str, Any]:
         def kill() -> None:
             assert remote.server is not None and remote.server.pid is not None
             for process in psutil.Process(remote.server.pid).children(recursive=True):
-                process.kill()
+                if not any("resource_tracker" in part for part in process.cmdline()):
+                    process.kill()
 
         def send(self: WeightSender, bucket: Any) -> None:
             sends.append(len(bucket.entries))
