@@ -70,6 +70,7 @@ def make_engine(
         max_concurrency=vllm.max_concurrency,
         max_restarts=vllm.max_restarts,
         patience_s=vllm.startup_timeout_s,
+        health_timeout_s=vllm.health_timeout_s,
         colocated=vllm.colocated,
     )
 

@@ -28,6 +28,7 @@ from megatron_sgopd.weight_buckets import buckets
 from megatron_sgopd.weight_sender import WeightSender
 
 MAX_FAILURES = 3  # in a row, of a server that says it is healthy
+WATCHES = 8  # of a server's health, in the time after which it counts as hung
 logger = logging.getLogger(__name__)
 
 
@@ -60,6 +61,7 @@ class VllmEngine:
         max_concurrency: int,
         max_restarts: int,
         patience_s: float,
+        health_timeout_s: float = 120.0,
         colocated: bool = False,
     ) -> None:
         self.version, self.policy_version = version, -1
@@ -72,6 +74,12 @@ class VllmEngine:
         self._threads = ThreadPoolExecutor(max_concurrency, thread_name_prefix="sgopd-requests")
         self._answers: dict[Request, Completion] = {}  # of a job that an engine's end cut short
         self._restarts, self._resent = 0, 0
+        self._closed = threading.Event()
+        for remote in remotes:
+            if remote.server is not None:
+                threading.Thread(
+                    target=self._watch, args=(remote, health_timeout_s), daemon=True
+                ).start()
 
     # -- generation: first ranks alone -------------------------------------------------------------
 
@@ -144,6 +152,18 @@ class VllmEngine:
             remote = min(alive, key=lambda r: (r.busy, (r.index - first) % count))
             remote.busy += 1
             return remote
+
+    def _watch(self, remote: Remote, timeout_s: float) -> None:
+        """Ends a server of ours that hangs: its requests would wait for `request_timeout_s`."""
+        seen = time.monotonic()
+        while not self._closed.wait(timeout_s / WATCHES):
+            if not remote.alive or remote.client.is_ready():  # dead ones are being started again
+                seen = time.monotonic()
+            elif time.monotonic() - seen > timeout_s and remote.server is not None:
+                logger.warning(
+                    "%s has not answered for %.0f s: it is ended", remote.client.url, timeout_s
+                )
+                remote.server.stop()
 
     # -- weights: every rank -----------------------------------------------------------------------
 
@@ -277,6 +297,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends the servers that this rank started."""
+        self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
         for remote in self._remotes:
             if remote.sender is not None:

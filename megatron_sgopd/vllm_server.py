@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -117,10 +118,15 @@ class VllmServer:
     def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.RLock()  # who ends a server that hangs is not who starts it again
 
     def start(self) -> None:
         """Returns at once; see `wait_ready`. Raises ConfigError when the port is taken."""
-        self.stop()
+        with self._lock:
+            self.stop()
+            self._start()
+
+    def _start(self) -> None:
         check_port(self.spec.vllm.host, self.spec.port)
         self.spec.folder.mkdir(parents=True, exist_ok=True)
         with open(self.spec.log, "ab") as log:
@@ -165,16 +171,17 @@ class VllmServer:
 
     def stop(self) -> None:
         """Ends every process of the server and waits for that."""
-        if self._process is None:
-            return
-        assert self._process.stdin is not None, "a pipe"
-        self._process.stdin.close()
-        try:
-            self._process.wait(GRACE_S + 10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+        with self._lock:
+            if self._process is None:
+                return
+            assert self._process.stdin is not None, "a pipe"
+            self._process.stdin.close()
+            try:
+                self._process.wait(GRACE_S + 2 * LEFT_OVER_S + 5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
 
 
 def make_specs(

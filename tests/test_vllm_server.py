@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import VllmConfig
 from megatron_sgopd.jobs import OnFirstRank
 from megatron_sgopd.types import EngineLost
+from megatron_sgopd.vllm_engine import Remote, VllmEngine
 from megatron_sgopd.vllm_server import (
     VllmServer,
     check_port,
@@ -236,6 +238,54 @@ def test_a_begun_job_runs_while_the_trainer_trains(pool: Any) -> None:
 
 def test_a_jobs_own_error_is_raised(pool: Any) -> None:
     assert pool(1).run(job_that_fails) == ["'planned'"]
+
+
+# -- watching --------------------------------------------------------------------------------------
+
+
+class FakeHungServer:
+    """Client and server of an engine that is not there: healthy for a while, then silent."""
+
+    url = "http://fake"
+
+    def __init__(self, healthy_s: float) -> None:
+        self.until, self.stopped = time.monotonic() + healthy_s, threading.Event()
+
+    def is_ready(self) -> bool:
+        return time.monotonic() < self.until
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def close(self) -> None:
+        pass
+
+
+def hung_server(healthy_s: float) -> bool:
+    """Whether it is ended within 1.5 s, silence of 0.4 s being allowed."""
+    fake = FakeHungServer(healthy_s)
+    with layout(1) as groups:
+        engine = VllmEngine(
+            [Remote(0, fake, fake)],  # type: ignore[arg-type]
+            groups,
+            version="0",
+            dtype=torch.float32,
+            bucket_bytes=1,
+            max_concurrency=1,
+            max_restarts=0,
+            patience_s=1.0,
+            health_timeout_s=0.4,
+        )
+        ended = fake.stopped.wait(1.5)
+        engine.close()
+    return ended
+
+
+@pytest.mark.parametrize(("healthy_s", "ended"), [(0.3, True), (60.0, False)])
+def test_a_server_that_hangs_is_ended_so_that_its_requests_fail(
+    pool: Any, healthy_s: float, ended: bool
+) -> None:
+    assert pool(1).run(hung_server, healthy_s) == [ended]
 
 
 # -- versions --------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ ABOVE_ZERO = (
     "rollout.vllm.mismatch_kl_bound",
     "rollout.vllm.startup_timeout_s",
     "rollout.vllm.request_timeout_s",
+    "rollout.vllm.health_timeout_s",
 )
 
 

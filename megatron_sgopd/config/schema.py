@@ -145,6 +145,7 @@ class VllmConfig:
     mismatch_kl_bound: float | None = None  # null: by dtype, measured (docs/vllm.md)
     startup_timeout_s: float = 900.0
     request_timeout_s: float = 3600.0  # one completion
+    health_timeout_s: float = 120.0  # a started server silent for so long is ended and restarted
     max_restarts: int = 3  # of servers in one recovery, before the run stops with a checkpoint
     teacher: TeacherServersConfig = field(default_factory=TeacherServersConfig)
     allow_untested_version: bool = False
