@@ -209,6 +209,11 @@ def test_first_failure_stops_and_its_error_is_last(
     assert not (options.out / "summary.json").exists()
 
 
+def test_a_run_on_another_engine_than_was_asked_for_is_an_error(options: Options) -> None:
+    with pytest.raises(TrainingFailed, match="with 'embedded', asked for was 'vllm'"):
+        run_demo(replace(options, engine="vllm"))  # the fake trainer says embedded
+
+
 def test_run_that_leaves_nothing_is_a_failure(options: Options):
     with pytest.raises(TrainingFailed, match=r"teacher ended without .*summary.json"):
         run_demo(replace(options, overrides=("fake.empty=teacher",)))

@@ -188,6 +188,13 @@ def train(options: Options, plan: Training, progress: Progress) -> None:
                 f"command again to redo it",
                 1,
             )
+    used = json.loads((directory / "summary.json").read_text())["engine"]
+    if plan.name in options.arms and used != options.engine:
+        raise TrainingFailed(
+            f"{plan.name} made its rollouts with {used!r}, asked for was {options.engine!r}: no "
+            f"figure of the other engine is shown as this one's (make demo ENGINE={used})",
+            1,
+        )
     _finished(plan.name, directory, key, started, progress)
 
 
