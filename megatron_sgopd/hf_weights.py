@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sgopd.families import family_of, head_dim
 from megatron_sgopd.hf_files import iter_safetensors
 from megatron_sgopd.model import ShardedModel
 from megatron_sgopd.parallel import gather_objects
@@ -32,11 +33,13 @@ TOP = {
     "output_layer.weight": ((HEAD,), 0),
 }
 QKV = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
+QKV_BIAS = tuple(f"self_attn.{x}_proj.bias" for x in "qkv")
 GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 LAYER: dict[str, tuple[tuple[str, ...], int | None]] = {
     "input_layernorm.weight": (("input_layernorm.weight",), None),
     "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), None),
     "self_attention.linear_qkv.weight": (QKV, 0),
+    "self_attention.linear_qkv.bias": (QKV_BIAS, 0),
     "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), 1),
     "self_attention.q_layernorm.weight": (("self_attn.q_norm.weight",), None),
     "self_attention.k_layernorm.weight": (("self_attn.k_norm.weight",), None),
@@ -62,14 +65,18 @@ def hf_names(megatron_name: str) -> tuple[tuple[str, ...], int | None]:
 
 def hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this config must hold (a tied head is not one of them)."""
-    c, d = hf_config, hf_config.head_dim
+    c, d, family = hf_config, head_dim(hf_config), family_of(hf_config)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, c.hidden_size)}
     for i in range(c.num_hidden_layers):
         p = f"model.layers.{i}."
         shapes[p + "input_layernorm.weight"] = (c.hidden_size,)
         shapes[p + QKV[0]] = (c.num_attention_heads * d, c.hidden_size)
         shapes[p + QKV[1]] = shapes[p + QKV[2]] = (c.num_key_value_heads * d, c.hidden_size)
-        shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (d,)
+        if family.qkv_bias:
+            shapes[p + QKV_BIAS[0]] = (c.num_attention_heads * d,)
+            shapes[p + QKV_BIAS[1]] = shapes[p + QKV_BIAS[2]] = (c.num_key_value_heads * d,)
+        if family.qk_norm:
+            shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (d,)
         shapes[p + "self_attn.o_proj.weight"] = (c.hidden_size, c.num_attention_heads * d)
         shapes[p + "post_attention_layernorm.weight"] = (c.hidden_size,)
         shapes[p + GATE_UP[0]] = shapes[p + GATE_UP[1]] = (c.intermediate_size, c.hidden_size)
@@ -103,6 +110,8 @@ def init_random_weights(model: ShardedModel, seed: int) -> None:
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
         if "norm" in name:
             return torch.ones(shape)
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 2)
         return torch.randn(shape, generator=generator) * scale
@@ -180,16 +189,16 @@ def _to_shard(
 
 
 def _interleave_qkv(qkv: list[Tensor], hf_config: Any) -> Tensor:
-    groups, d, hidden = hf_config.num_key_value_heads, hf_config.head_dim, qkv[0].shape[-1]
-    by_group = [qkv[0].view(groups, -1, hidden)] + [x.view(groups, d, hidden) for x in qkv[1:]]
-    return torch.cat(by_group, 1).reshape(-1, hidden)
+    groups, tail = hf_config.num_key_value_heads, qkv[0].shape[1:]  # a bias has none
+    by_group = [x.view(groups, -1, *tail) for x in qkv]
+    return torch.cat(by_group, 1).flatten(0, 1)
 
 
 def _split_qkv(fused: Tensor, index: int, hf_config: Any) -> Tensor:
-    groups, d, hidden = hf_config.num_key_value_heads, hf_config.head_dim, fused.shape[-1]
-    by_group = fused.view(groups, -1, hidden)
+    groups, d = hf_config.num_key_value_heads, head_dim(hf_config)
+    by_group = fused.unflatten(0, (groups, -1))
     parts = by_group.split([by_group.shape[1] - 2 * d, d, d], dim=1)
-    return parts[index].reshape(-1, hidden)
+    return parts[index].flatten(0, 1)
 
 
 # -- Megatron -> Hugging Face ----------------------------------------------------------------------

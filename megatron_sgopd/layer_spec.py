@@ -42,8 +42,10 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def block_spec(num_layers: int, transformer_impl: str) -> TransformerBlockSubmodules | ModuleSpec:
-    """What GPTModel takes as `transformer_layer_spec`, with q/k-norm (Qwen3).
+def block_spec(
+    num_layers: int, transformer_impl: str, *, qk_norm: bool
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """What GPTModel takes as `transformer_layer_spec`; `qk_norm` as Qwen3 has it.
 
     Raises:
         ValueError: `transformer_engine` is asked for and cannot be imported.
@@ -54,10 +56,11 @@ def block_spec(num_layers: int, transformer_impl: str) -> TransformerBlockSubmod
                 "model.transformer_impl is 'transformer_engine', which is not installed here: "
                 "install the [gpu] extra on a GPU machine, or set it to 'local'"
             )
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = SDPAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,6 +1,6 @@
 """Hugging Face config -> Megatron GPTModel, for student, teacher and reference alike.
 
-Family: Qwen3 (GQA, q/k-norm, RMSNorm, SwiGLU, RoPE, tied or untied embeddings).
+Families: those of `families` (RMSNorm, SwiGLU, RoPE, GQA; tied or untied embeddings).
 
 Shapes: R x L tokens of this rank's part of a micro-batch (R = 1 where it is packed), D hidden, V
 vocabulary rows held by this rank.
@@ -21,20 +21,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_sgopd.config.schema import ParallelConfig
+from megatron_sgopd.families import family_of, head_dim
 from megatron_sgopd.layer_spec import block_spec
 from megatron_sgopd.packing import MicroBatch
 from megatron_sgopd.parallel import Groups
-
-# What each option of a Qwen3 config must be for this model to be the same function.
-REQUIRED = {
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "use_sliding_window": False,
-}
 
 
 class DistillationGPTModel(GPTModel):
@@ -118,7 +111,7 @@ def build_model(
     Raises:
         ValueError: an architecture, option or size that does not fit, by name.
     """
-    _check_supported(hf_config)
+    family = family_of(hf_config)
     _check_divisible(hf_config, groups)
     stages = groups.pp_size * (groups.config.virtual_pipeline_model_parallel_size or 1)
     per_stage = split_layers(hf_config.num_hidden_layers, stages)
@@ -129,7 +122,7 @@ def build_model(
         multiple = groups.config.make_vocab_size_divisible_by * groups.tp_size
         chunk = DistillationGPTModel(
             config,
-            block_spec(per_stage[stage], transformer_impl),
+            block_spec(per_stage[stage], transformer_impl, qk_norm=family.qk_norm),
             vocab_size=-(-hf_config.vocab_size // multiple) * multiple,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=stage == 0,
@@ -145,7 +138,12 @@ def build_model(
         if not trainable:
             chunk.requires_grad_(False)
             chunk.eval()
-        chunks.append(chunk.to(groups.device))
+        chunk = chunk.to(groups.device)
+        if hf_config.rope_parameters.get("rope_type", "default") == "llama3":
+            # Megatron's own scaling knows Llama 3.1's numbers only.
+            frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](hf_config, groups.device)
+            chunk.rotary_pos_emb.inv_freq = frequencies
+        chunks.append(chunk)
     return ShardedModel(tuple(chunks), groups, hf_config)
 
 
@@ -192,21 +190,22 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's description of the same transformer, under this layout."""
     on_cpu, layout = groups.device.type == "cpu", groups.config
+    family = family_of(hf_config)
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         num_attention_heads=hf_config.num_attention_heads,
         num_query_groups=hf_config.num_key_value_heads,
-        kv_channels=hf_config.head_dim,
+        kv_channels=head_dim(hf_config),
         ffn_hidden_size=hf_config.intermediate_size,
         layernorm_epsilon=hf_config.rms_norm_eps,
         normalization="RMSNorm",
-        qk_layernorm=True,
+        qk_layernorm=family.qk_norm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=family.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=groups.tp_size,
@@ -283,23 +282,6 @@ def _layer_layout(num_layers: int, groups: Groups) -> _LayerLayout | None:
 def _global_name(name: str, first_layer: int) -> str:
     match = re.fullmatch(r"(decoder\.layers\.)(\d+)(\..+)", name)
     return name if match is None else f"{match[1]}{int(match[2]) + first_layer}{match[3]}"
-
-
-def _check_supported(hf_config: Any) -> None:
-    for name, wanted in REQUIRED.items():
-        if (got := getattr(hf_config, name, wanted)) != wanted:
-            raise ValueError(
-                f"config.json has {name} {got!r}; supported is {wanted!r} (the Qwen3 dense family)"
-            )
-    rope = hf_config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"config.json has rope_type {rope['rope_type']!r}; supported is 'default' (no scaling)"
-        )
-    if rope["rope_theta"] != int(rope["rope_theta"]):
-        raise ValueError(
-            f"config.json has rope_theta {rope['rope_theta']}; Megatron takes integers"
-        )
 
 
 def _check_divisible(hf_config: Any, groups: Groups) -> None:

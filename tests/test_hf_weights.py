@@ -31,6 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "untied": {"vocab": 37, "tied": False},
     "tied": {"vocab": 51, "tied": True, "layers": 1},
     "bf16": {"vocab": 37, "heads": 6, "kv": 2, "dtype": torch.bfloat16},
+    "Qwen2.5": {"family": "qwen2", "vocab": 37},
+    "Llama 3": {"family": "llama", "vocab": 331, "layers": 3, "head_dim": 96},
 }
 
 

@@ -24,6 +24,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 3e-2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50},
     },
+    "Qwen2.5": {"family": "qwen2", "vocab": 37, "layers": 3},
+    "Qwen2.5, tied": {"family": "qwen2", "vocab": 37, "heads": 8, "tied": True},
+    "Llama 3": {"family": "llama", "vocab": 37},
+    "Llama 3, odd": {"family": "llama", "vocab": 331, "layers": 3, "head_dim": 96, "tied": True},
 }
 
 
@@ -91,12 +95,20 @@ def test_trainable_and_frozen(pool: Any, paths: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"model_type": "gemma2"}, "model_type 'gemma2'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
         ({"use_sliding_window": True}, "use_sliding_window True"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types 'sliding_attention'",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000}}, "rope_type 'yarn'"),
+        (
+            {"rope_parameters": {"rope_theta": 10000, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor 0.5",
+        ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.5}}, "rope_theta 0.5"),
     ],
 )
