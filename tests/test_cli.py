@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sgopd.__main__ import main, rank_environment
+from megatron_sgopd.__main__ import main
+from megatron_sgopd.cli.common import rank_environment
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import load_config
 

@@ -1,0 +1,69 @@
+"""`sgopd doctor --parallel RECIPE [key=value …]`: pre-flight checks of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from megatron_sgopd.cli.common import Commands, add_command, add_recipe, as_rank, rank_environment
+from megatron_sgopd.config.checks import resolve
+from megatron_sgopd.config.layout import replica_size
+from megatron_sgopd.config.load import load_config
+from megatron_sgopd.config.schema import Config
+from megatron_sgopd.versions import describe
+
+
+def add(commands: Commands) -> None:
+    text = "check that a recipe's layout computes what one rank computes"
+    command = add_command(commands, "doctor", doctor, text)
+    add_recipe(command)
+    command.add_argument(
+        "--parallel",
+        action="store_true",
+        required=True,
+        help="compare the layout's loss and gradients with one rank's, on tiny models",
+    )
+    command.add_argument("--result", help=argparse.SUPPRESS)  # the ranks' report, as JSON
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Exit code 0: the layout is right; 1: it is not, or the self-test failed."""
+    config = load_config(arguments.recipe, arguments.overrides)
+    place = rank_environment(os.environ)
+    if place is not None:
+        os.environ.update(place)
+        return _check_on_rank(resolve(config, int(place["WORLD_SIZE"])), arguments.result)
+    resolved = resolve(config)
+    from megatron_sgopd.launch import run_ranks
+
+    # Replicas differ in their data alone: two of them show what any number would.
+    replicas = resolved.parallel.data_parallel_size or 1
+    replicas = 2 if replicas % 2 == 0 else replicas
+    ranks = replica_size(resolved.parallel) * replicas
+    print(f"versions   {describe()}")
+    print(f"{resolved.name}: starting {ranks} ranks", flush=True)
+    with tempfile.TemporaryDirectory(prefix="sgopd-doctor-") as folder:
+        result = Path(folder) / "result.json"
+        fewer = [*arguments.overrides, f"parallel.data_parallel_size={replicas}"]
+        code = run_ranks(
+            ranks,
+            ["doctor", "--parallel", "--result", str(result), arguments.recipe, *fewer],
+            Path(folder),
+        )
+        return code or int(not json.loads(result.read_text(encoding="utf-8"))["ok"])
+
+
+def _check_on_rank(config: Config, result: str | None) -> int:
+    """With `result` the verdict goes into that file, and the rank itself ends well."""
+    with as_rank(Path(result).parent if result else Path(tempfile.gettempdir())):
+        from megatron_sgopd.doctor import check_parallel
+
+        report = check_parallel(config)
+    if os.environ["RANK"] == "0":
+        print("\n".join(report.lines()), flush=True)
+        if result:
+            Path(result).write_text(json.dumps({"ok": report.ok}), encoding="utf-8")
+    return 0 if result or report.ok else 1

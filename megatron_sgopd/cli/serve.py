@@ -1,0 +1,58 @@
+"""`sgopd serve RECIPE [key=value …]`: a vLLM server in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_sgopd.cli.common import Commands, add_command, add_recipe
+from megatron_sgopd.config.checks import resolve
+from megatron_sgopd.config.engines import servers_of
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.load import load_config
+
+
+def add(commands: Commands) -> None:
+    text = "run a vLLM server for a recipe in the foreground (rollout.vllm.urls)"
+    command = add_command(commands, "serve", serve, text)
+    add_recipe(command)
+    command.add_argument(
+        "--teacher",
+        action="store_true",
+        help="the teacher, for rollout.vllm.teacher.urls; without it the student",
+    )
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Becomes the server; the trainer is pointed to it by rollout.vllm.urls."""
+    config = resolve(load_config(arguments.recipe, [*arguments.overrides, "rollout.engine=vllm"]))
+    role = "teacher" if arguments.teacher else "student"
+    path = getattr(config.model, role).hf_path
+    if path is None:
+        raise ConfigError("--teacher: the recipe has no model.teacher.hf_path")
+    vllm = servers_of(config.rollout.vllm, role)
+    if vllm.api_key_variable not in os.environ:
+        raise ConfigError(
+            f"the environment has no {vllm.api_key_variable}, the key that trainer and server "
+            "share (rollout.vllm.api_key_variable): export one secret on both sides"
+        )
+    from megatron_sgopd.hf_files import resolve_hf_dir
+    from megatron_sgopd.parallel import pick_device
+    from megatron_sgopd.vllm_server import check_port, check_version, installed_version, make_specs
+
+    check_version(installed_version(vllm.python), vllm, vllm.python or "this environment")
+    port = config.rollout.vllm.port or 8000
+    check_port(vllm.host, port)
+    (spec,) = make_specs(
+        replace(vllm, num_engines=1, port=port, devices=None),
+        resolve_hf_dir(path),
+        role,
+        Path(config.logging.run_dir or "") / "engines",
+        on_gpu=pick_device().type == "cuda",
+        key=os.environ[vllm.api_key_variable],
+    )
+    print(f"{config.name}: serving {spec.model} at {spec.url}", flush=True)
+    command = spec.command()
+    os.execvpe(command[0], command, spec.environment())
