@@ -16,7 +16,7 @@ from megatron_sgopd.config.engines import LOCAL_HOSTS, servers_of
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import Config, VllmConfig
 from megatron_sgopd.embedded_engine import EmbeddedEngine
-from megatron_sgopd.parallel import Groups, broadcast_object, gather_objects
+from megatron_sgopd.parallel import Groups, broadcast_object, gather_objects, gpu_name
 from megatron_sgopd.types import Engine, EngineLost
 from megatron_sgopd.vllm_client import EngineDown, EngineRefused, VllmClient
 from megatron_sgopd.vllm_engine import Remote, VllmEngine
@@ -94,7 +94,7 @@ def _remotes(
     mine: dict[int, tuple[str, str]] = {}  # index -> (host name, URL)
     servers: dict[int, VllmServer] = {}
     problem: Exception | None = None
-    devices = gather_objects(groups.device.index, groups.replica_group)
+    devices = gather_objects(gpu_name(groups.device), groups.replica_group)
     if groups.is_replica_first_rank:
         owned = range(groups.dp_rank, vllm.num_engines, groups.dp_size)
         try:
@@ -148,7 +148,7 @@ def _specs(
     role: str,
     run_dir: Path,
     key: str,
-    devices: Sequence[int | None],
+    devices: Sequence[str | None],
 ) -> list[ServerSpec]:
     on_gpu = groups.device.type == "cuda"
     check_version(installed_version(vllm.python), vllm, vllm.python or "this environment")
@@ -158,10 +158,8 @@ def _specs(
                 "rollout.vllm.devices is null on GPUs, where the trainer's ranks are: name each "
                 "server's GPUs, such as ['4,5'], or set rollout.vllm.colocated=true to share them"
             )
-        own = ",".join(
-            str(d)
-            for d in sorted(d for d in set(devices) if d is not None)[: vllm.tensor_parallel_size]
-        )
+        replica = list(dict.fromkeys(d for d in devices if d is not None))
+        own = ",".join(replica[: vllm.tensor_parallel_size])
         vllm = replace(vllm, devices=[own] * vllm.num_engines)
     folder = run_dir / "engines"
     return make_specs(vllm, model, role, folder, on_gpu=on_gpu, key=key)

@@ -50,6 +50,16 @@ def reduced_means(
     return {name: (s / n).item() for name, (s, n) in zip(order, flat, strict=True) if n.item() > 0}
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most that the fullest GPU has held since the last call; {} on CPUs. Collective."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.tensor(float(torch.cuda.max_memory_allocated(device)), device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"memory/peak_gib": peak.item() / 2**30}
+
+
 def mismatch_kl(engine: Tensor, trainer: Tensor) -> float:
     """Mean of exp(d) - 1 - d with d = trainer - engine, of log-probs of the same tokens.
 

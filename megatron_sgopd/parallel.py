@@ -86,13 +86,33 @@ class Groups:
 
 
 def pick_device() -> torch.device:
-    """This rank's device: its CUDA device where there is one, or what SGOPD_DEVICE names."""
+    """This rank's device: its CUDA device where there is one, or what SGOPD_DEVICE names.
+
+    Raises:
+        ValueError: more ranks on this machine than GPUs, or another SGOPD_DEVICE.
+    """
     wanted = os.environ.get("SGOPD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted not in ("cpu", "cuda"):
         raise ValueError(f"SGOPD_DEVICE is {wanted!r}; allowed are 'cpu' and 'cuda'")
     if wanted == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        local = 0  # srun may show each rank its own GPU alone; torchrun shows all ranks the same
+    if local >= count:
+        raise ValueError(
+            f"rank {local} of this machine has no GPU of its own, {count} can be seen here: lower "
+            "parallel.*, use more machines, or set SGOPD_DEVICE=cpu"
+        )
+    return torch.device("cuda", local)
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """The GPU as CUDA_VISIBLE_DEVICES names it for another process; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible.split(",")[device.index] if visible else str(device.index)
 
 
 def initialize(config: ParallelConfig, *, seed: int, device: torch.device | None = None) -> Groups:

@@ -24,7 +24,7 @@ from megatron_sgopd.evaluate import evaluate, write_records
 from megatron_sgopd.failure import failing_together
 from megatron_sgopd.hf_files import resolve_hf_dir, write_hf_dir
 from megatron_sgopd.hf_weights import iter_hf_weights
-from megatron_sgopd.metrics import Clock, progress_bar, reduced_means
+from megatron_sgopd.metrics import Clock, peak_memory, progress_bar, reduced_means
 from megatron_sgopd.pending import to_columns
 from megatron_sgopd.rollout import (
     Batch,
@@ -71,6 +71,7 @@ def train(config: Config) -> None:
             )
             sums = batch_metrics(batch, state.policy_version)
             metrics |= reduced_means(sums, sums, run.groups.dp_group, run.groups.device)
+            metrics |= peak_memory(run.groups.device)
             state.step += 1
             state.policy_version += 1
             run.row = (metrics, batch.rollouts)

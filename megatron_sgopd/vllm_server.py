@@ -88,12 +88,14 @@ class ServerSpec:
 
     def environment(self) -> dict[str, str]:
         """What is ours of the environment; the rest is inherited, a rank's own place left out."""
-        path = _importable(self.folder)
+        path = str(_importable(self.folder))
+        if self.vllm.python is None and (own := os.environ.get("PYTHONPATH")):
+            path += os.pathsep + own  # this environment's; another interpreter has its own
         ours = {
             "SGOPD_ENGINE_KEY": self.key,
             "VLLM_SERVER_DEV_MODE": "1",  # the routes that take weights; ForTrainers guards them
             "VLLM_NO_USAGE_STATS": "1",
-            "PYTHONPATH": str(path),
+            "PYTHONPATH": path,
         }
         if not self.on_gpu:
             ours |= {

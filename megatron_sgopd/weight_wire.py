@@ -2,8 +2,7 @@
 
 gloo, nccl: one broadcast per bucket in a group of the sending rank (0) and the engine's workers
 (1, 2, ...), which is nobody's default group. ipc: the workers map the sender's CUDA memory, on the
-same GPUs. file: the raw bytes in a folder that
-both see, such as /dev/shm on one host.
+same GPUs. file: the raw bytes in a folder that both see, such as /dev/shm on one host.
 """
 
 from __future__ import annotations
@@ -83,7 +82,8 @@ class Receiver:
                 raise ValueError(f"{source['path']} has {count} bytes, the bucket {size}")
             return flat.to(self._device)
         if self._transport == "ipc":
-            return open_handle(source["handles"], self._device).clone()
+            theirs = open_handle(source["handles"], self._device)
+            return theirs.to(self._device, copy=True)
         device = self._device if self._transport == "nccl" else torch.device("cpu")
         flat = torch.empty(size, dtype=torch.uint8, device=device)
         broadcast(self._group, flat).wait()
@@ -104,16 +104,26 @@ def export_handle(flat: Tensor) -> dict[str, str]:
 
 
 def open_handle(handles: dict[str, str], device: torch.device) -> Tensor:
+    """The sender's memory, on the GPU where it lies; a worker on a neighbour copies it over.
+
+    Raises:
+        ValueError: none of the GPUs that this process sees is the sender's.
+    """
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    if uuid not in handles:
+    # The same GPU may have another number in this process: GPUs are known by their UUIDs.
+    uuids = [
+        str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
+    ]
+    shared = [i for i, uuid in enumerate(uuids) if uuid in handles]
+    if not shared:
         raise ValueError(
-            f"weights came for the GPUs {sorted(handles)}, this worker is on {uuid}: CUDA IPC "
-            "needs engine and trainer on the same GPUs; set rollout.vllm.weight_transfer to nccl"
+            f"weights came for the GPUs {sorted(handles)}, this worker on {device} sees {uuids}: "
+            "CUDA IPC needs engine and trainer on the same GPUs; set "
+            "rollout.vllm.weight_transfer to nccl"
         )
-    arguments = [_of_json(x) for x in json.loads(handles[uuid])]
-    arguments[5] = device.index  # the same GPU may have another number in this process
+    arguments = [_of_json(x) for x in json.loads(handles[uuids[shared[0]]])]
+    arguments[5] = shared[0]
     return rebuild_cuda_tensor(torch.Tensor, *arguments)
 
 

@@ -366,6 +366,10 @@ BAD_ENGINES = [
         ["rollout.engine=vllm", "rollout.vllm.colocated=true"],
         "add up to 1.80; at most 0.95",
     ),
+    (
+        ["rollout.engine=vllm", "rollout.vllm.colocated=true", "rollout.vllm.weight_transfer=nccl"],
+        "one rank of a group on a GPU",
+    ),
     (["rollout.vllm.num_engines=0"], "must be at least 1"),
     (["rollout.vllm.bucket_mb=0"], "must be above 0"),
 ]

@@ -130,8 +130,18 @@ def test_the_servers_environment_has_the_key_and_no_ranks_place(
     assert environment["SGOPD_ENGINE_KEY"] == "k"
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(environment)
     assert "k" not in spec_of(tmp_path).command(), "the key is in no process list"
-    (name,) = os.listdir(environment["PYTHONPATH"])
+    (name,) = os.listdir(environment["PYTHONPATH"].split(os.pathsep)[0])
     assert name == "megatron_sgopd"
+
+
+def test_the_servers_pythonpath_is_this_environments_and_not_for_another_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/theirs")
+    spec = spec_of(tmp_path)
+    assert spec.environment()["PYTHONPATH"].split(os.pathsep)[1:] == ["/theirs"]
+    other = replace(spec, vllm=replace(spec.vllm, python="/other/bin/python"))
+    assert os.pathsep not in other.environment()["PYTHONPATH"]
 
 
 # -- buckets ---------------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ def _servers(vllm: VllmConfig) -> Iterator[str]:
     yield from _urls("rollout.vllm.urls", vllm.urls)
     if vllm.urls and vllm.colocated:
         yield "rollout.vllm.colocated starts its own servers; set rollout.vllm.urls to null"
+    if vllm.colocated and vllm.weight_transfer == "nccl":
+        yield (
+            "rollout.vllm.weight_transfer is 'nccl' with rollout.vllm.colocated, and NCCL takes "
+            "one rank of a group on a GPU: set weight_transfer to auto or ipc"
+        )
     if vllm.port is not None and not 0 < vllm.port < 65536:
         yield f"rollout.vllm.port is {vllm.port}; 1 to 65535, or null for a free one"
     if vllm.devices is not None and len(vllm.devices) != vllm.num_engines:
