@@ -288,7 +288,7 @@ def killed(path: str, folder: str) -> dict[str, Any]:
         engine = make_engine(config, groups, read_hf_config(Path(path)), Path(path))
         assert isinstance(engine, VllmEngine)
         guard = Guard(SimpleNamespace(model=model, groups=groups), config)  # type: ignore[arg-type]
-        jobs = OnFirstRank(groups, lambda: [engine])
+        jobs = OnFirstRank(groups, lambda: [engine], vllm.max_restarts)
         engine.push_weights(lambda: iter_hf_weights(model), 7)
         undisturbed = jobs.run(lambda: engine.generate(requests))
         (remote,) = engine._remotes
