@@ -202,11 +202,14 @@ def new_key(vllm: VllmConfig) -> str:
 
 
 def free_ports(host: str, count: int) -> list[int]:
+    """Raises ConfigError for an address that is not this machine's."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for s in sockets:
             s.bind((host, 0))
         return [int(s.getsockname()[1]) for s in sockets]
+    except OSError as error:
+        raise _cannot_listen(host, error) from error
     finally:
         for s in sockets:
             s.close()
@@ -218,10 +221,14 @@ def check_port(host: str, port: int) -> None:
         try:
             s.bind((host, port))
         except OSError as error:
-            raise ConfigError(
-                f"a vLLM server cannot listen on {host}:{port} ({error.strerror}): end what does, "
-                "or set rollout.vllm.port (null takes free ports) or rollout.vllm.host"
-            ) from error
+            raise _cannot_listen(f"{host}:{port}", error) from error
+
+
+def _cannot_listen(address: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"a vLLM server cannot listen on {address} ({error.strerror}): end what does, or set "
+        "rollout.vllm.port (null takes free ports) or rollout.vllm.host (IPv4)"
+    )
 
 
 def installed_version(python: str | None) -> str | None:

@@ -108,6 +108,11 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
             check_port("127.0.0.1", port)
 
 
+def test_an_address_that_is_not_this_machines_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on 203.0.113.7 .*rollout.vllm.host"):
+        spec_of(tmp_path, host="203.0.113.7")  # of the addresses kept for documentation
+
+
 def test_versions_outside_the_tested_window_are_refused_unless_allowed() -> None:
     vllm = VllmConfig()
     check_version("0.32.0", vllm, "here")
