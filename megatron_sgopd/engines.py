@@ -62,7 +62,7 @@ def make_engine(
     vllm = servers_of(config.rollout.vllm, role)
     key = _from_first_rank(new_key(vllm) if groups.rank == 0 else None)
     remotes = _remotes(vllm, groups, model, role, Path(config.logging.run_dir or ""), key, progress)
-    described = _check(remotes, config, hf_config)
+    described = _check(remotes, config, hf_config, role)
     version = broadcast_object(described.get("version", ""), groups)
     return VllmEngine(
         remotes,
@@ -198,7 +198,7 @@ def _wait_ready(remote: Remote, progress: Progress) -> None:
         raise EngineLost(str(error)) from error
 
 
-def _check(remotes: list[Remote], config: Config, hf_config: Any) -> dict[str, Any]:
+def _check(remotes: list[Remote], config: Config, hf_config: Any, role: str) -> dict[str, Any]:
     """That every engine can serve this recipe; a description of one."""
     described: dict[str, Any] = {}
     for remote in remotes:
@@ -211,6 +211,11 @@ def _check(remotes: list[Remote], config: Config, hf_config: Any) -> dict[str, A
         vllm, url = config.rollout.vllm, remote.client.url
         check_version(str(described["version"]), vllm, url)
         wanted = {key: getattr(hf_config, key, None) for key in SHAPE}
+        if role == "teacher" and described["awaits_weights"]:
+            raise ConfigError(
+                f"the engine at {url} (rollout.vllm.teacher.urls) is a student's, without weights "
+                "until a trainer sends some: start it with `sgopd serve --teacher RECIPE`"
+            )
         wanted |= {"dtype": vllm.dtype, "logprobs_mode": "processed_logprobs"}
         for key, value in wanted.items():
             if described[key] != value:

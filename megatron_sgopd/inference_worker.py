@@ -148,6 +148,7 @@ def _description(config: Any) -> dict[str, Any]:
         "model": model.model,
         **{key: getattr(model.hf_text_config, key, None) for key in SHAPE},
         "max_model_len": model.max_model_len,
+        "awaits_weights": str(config.load_config.load_format).endswith("dummy"),
         "dtype": str(model.dtype).removeprefix("torch."),
         "logprobs_mode": model.logprobs_mode,
         "version": vllm.__version__,
