@@ -51,6 +51,7 @@ RESUMABLE = (
     "checkpoint.",
     "evaluation.",
     "verifier.",
+    "rollout.vllm.",  # where servers are and how they are reached
     "parallel.distrib",
     # Another way to the same sums: what somebody changes who ran out of memory.
     "parallel.micro_batch",
@@ -287,7 +288,7 @@ def assemble(config: Config) -> Run:
         resumed=bool(checkpoints),
     )
     if isinstance(engine, VllmEngine):
-        run.jobs = OnFirstRank(groups, run.engines)
+        run.jobs = OnFirstRank(groups, run.engines, config.rollout.vllm.max_restarts)
         run.guard = Guard(student, config)
     if pending is not None:
         run.jobs.hand_back(of_columns(pending, run.prompts_of(state.step)[0]))

@@ -42,7 +42,7 @@ class EmbeddedEngine:
         dtype: torch.dtype = torch.float32,
         max_batch_size: int = 512,
     ) -> None:
-        self.policy_version = -1  # no weights yet
+        self.policy_version, self.answered = -1, 0  # no weights yet, and nothing to keep
         self._group, self._device, self._max_batch_size = group, device, max_batch_size
         self._max_positions = hf_config.max_position_embeddings
         self._full = FULL_ON_CPU if device.type == "cpu" else max_batch_size

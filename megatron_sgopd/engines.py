@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from megatron_sgopd.types import Engine, EngineLost
 from megatron_sgopd.vllm_client import EngineDown, EngineRefused, VllmClient
 from megatron_sgopd.vllm_engine import Remote, VllmEngine
 from megatron_sgopd.vllm_server import (
+    EVERY_ADDRESS,
     ServerSpec,
     VllmServer,
     check_version,
@@ -29,6 +31,7 @@ from megatron_sgopd.vllm_server import (
     new_key,
 )
 from megatron_sgopd.weight_sender import WeightSender, pick_transport
+from megatron_sgopd.weight_wire import SHAPE
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, float], object]  # (URL, seconds waited)
@@ -59,7 +62,7 @@ def make_engine(
     vllm = servers_of(config.rollout.vllm, role)
     key = _from_first_rank(new_key(vllm) if groups.rank == 0 else None)
     remotes = _remotes(vllm, groups, model, role, Path(config.logging.run_dir or ""), key, progress)
-    described = _check(remotes, config, hf_config)
+    described = _check(remotes, config, hf_config, role)
     version = broadcast_object(described.get("version", ""), groups)
     return VllmEngine(
         remotes,
@@ -117,9 +120,10 @@ def _remotes(
         return []
     everywhere = {i: place for places, _ in told for i, place in places.items()}
     remotes = []
-    for index, (host, url) in sorted(everywhere.items()):
-        if host not in ("", socket.gethostname()) and vllm.host in LOCAL_HOSTS:
-            continue  # another node's, bound to its loopback
+    for index, (host, own_url) in sorted(everywhere.items()):
+        url = url_from_here(host, own_url, vllm.host)
+        if url is None:
+            continue
         client = VllmClient(
             url, key, max_connections=vllm.max_concurrency, timeout_s=vllm.request_timeout_s
         )
@@ -139,6 +143,18 @@ def _remotes(
         if remote.sender is not None:
             _wait_ready(remote, progress)
     return remotes
+
+
+def url_from_here(host: str, url: str, bound_to: str) -> str | None:
+    """How this node reaches the server that `host` ("": any node) has at `url`; None: not at all.
+
+    `bound_to`: rollout.vllm.host, one address or every address of its node.
+    """
+    if host in ("", socket.gethostname()):
+        return url
+    if bound_to in LOCAL_HOSTS:
+        return None
+    return f"http://{host}:{urlsplit(url).port}" if bound_to in EVERY_ADDRESS else url
 
 
 def _specs(
@@ -180,7 +196,7 @@ def _wait_ready(remote: Remote, progress: Progress) -> None:
         raise EngineLost(str(error)) from error
 
 
-def _check(remotes: list[Remote], config: Config, hf_config: Any) -> dict[str, Any]:
+def _check(remotes: list[Remote], config: Config, hf_config: Any, role: str) -> dict[str, Any]:
     """That every engine can serve this recipe; a description of one."""
     described: dict[str, Any] = {}
     for remote in remotes:
@@ -192,10 +208,12 @@ def _check(remotes: list[Remote], config: Config, hf_config: Any) -> dict[str, A
             raise ConfigError(str(error)) from error
         vllm, url = config.rollout.vllm, remote.client.url
         check_version(str(described["version"]), vllm, url)
-        wanted = {
-            key: getattr(hf_config, key)
-            for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
-        }
+        wanted = {key: getattr(hf_config, key, None) for key in SHAPE}
+        if role == "teacher" and described["awaits_weights"]:
+            raise ConfigError(
+                f"the engine at {url} (rollout.vllm.teacher.urls) is a student's, without weights "
+                "until a trainer sends some: start it with `sgopd serve --teacher RECIPE`"
+            )
         wanted |= {"dtype": vllm.dtype, "logprobs_mode": "processed_logprobs"}
         for key, value in wanted.items():
             if described[key] != value:

@@ -30,7 +30,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from megatron_sgopd.weight_buckets import Entry, view
-from megatron_sgopd.weight_wire import DESCRIPTION, KEY_VARIABLE, OPEN_PATHS, Receiver
+from megatron_sgopd.weight_wire import DESCRIPTION, KEY_VARIABLE, OPEN_PATHS, SHAPE, Receiver
 
 EMBEDDING = "model.embed_tokens.weight"
 BACKEND = "sgopd"  # what --weight-transfer-config names
@@ -146,11 +146,9 @@ def _description(config: Any) -> dict[str, Any]:
     model = config.model_config
     return {
         "model": model.model,
-        "model_type": model.hf_text_config.model_type,
-        "vocab_size": model.hf_text_config.vocab_size,
-        "hidden_size": model.hf_text_config.hidden_size,
-        "num_hidden_layers": model.hf_text_config.num_hidden_layers,
+        **{key: getattr(model.hf_text_config, key, None) for key in SHAPE},
         "max_model_len": model.max_model_len,
+        "awaits_weights": str(config.load_config.load_format).endswith("dummy"),
         "dtype": str(model.dtype).removeprefix("torch."),
         "logprobs_mode": model.logprobs_mode,
         "version": vllm.__version__,

@@ -62,8 +62,10 @@ class OnEveryRank:
 class OnFirstRank:
     """For engines behind HTTP. `engines` are those that a job may ask."""
 
-    def __init__(self, groups: Groups, engines: Callable[[], Sequence[Engine]]) -> None:
-        self._groups, self._engines = groups, engines
+    def __init__(
+        self, groups: Groups, engines: Callable[[], Sequence[Engine]], max_restarts: int
+    ) -> None:
+        self._groups, self._engines, self._max_restarts = groups, engines, max_restarts
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sgopd-job")  # jobs in their order
         self._begun: tuple[Callable[[], Any], Future[Any] | None] | None = None
 
@@ -75,7 +77,8 @@ class OnFirstRank:
         """The job's result on every rank of the replica.
 
         Raises:
-            EngineLost: no engine could be brought back; on every rank of the run.
+            EngineLost: no engine could be brought back, or engines that are brought back end again
+                without an answer; on every rank of the run.
         """
         assert self._begun is not None, "begin comes first"
         (job, future), self._begun = self._begun, None
@@ -97,18 +100,27 @@ class OnFirstRank:
         return self._thread.submit(job) if self._groups.is_replica_first_rank else None
 
     def _finish(self, job: Callable[[], Any], future: Future[Any] | None) -> Any:
+        answered = fruitless = 0
         while True:
-            result, lost = None, False
+            result, lost = None, None
             if future is not None:
                 try:
                     result = future.result()
-                except EngineLost:
-                    lost = True
-            if not any_rank(lost, self._groups):
+                except EngineLost as error:
+                    lost = error
+            if not any_rank(lost is not None, self._groups):
                 break
+            before, answered = answered, sum(engine.answered for engine in self._engines())
+            fruitless = 0 if any_rank(answered > before, self._groups) else fruitless + 1
+            if fruitless > self._max_restarts:
+                raise EngineLost(
+                    f"engines were brought back {self._max_restarts} times "
+                    "(rollout.vllm.max_restarts) and ended again before the next answer"
+                    + (f": {lost}" if lost else "")
+                )
             for engine in self._engines():
                 engine.recover()
-            if lost:  # what was answered is not asked again
+            if lost is not None:  # what was answered is not asked again
                 future = self._submit(job)
             elif future is not None:
                 future = _done(result)

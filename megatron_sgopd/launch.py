@@ -41,15 +41,17 @@ def run_ranks(
         **os.environ,
         "PYTHONUNBUFFERED": "1",
     }
-    # A session of its own keeps a terminal's Ctrl-C from the ranks, which stop on request instead.
-    agent = subprocess.Popen(
-        [sys.executable, "-m", "megatron_sgopd.launch", str(run_dir), *torchrun],
-        env=environment,
-        start_new_session=True,
-    )
-    stopper = _Stopper(agent, run_dir)
-    code = stopper.wait()
-    stopper.forget()
+    # Where torchrun would keep its logs, of which there are none: it leaves the folder behind.
+    with tempfile.TemporaryDirectory(prefix="sgopd-torchrun-") as logs:
+        # A session of its own keeps a terminal's Ctrl-C from the ranks, which stop on request.
+        agent = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(run_dir), "--log-dir", logs, *torchrun],
+            env=environment,
+            start_new_session=True,
+        )
+        stopper = _Stopper(agent, run_dir)
+        code = stopper.wait()
+        stopper.forget()
     if code < 0:  # torchrun itself was killed, and its ranks with it
         _write_status(run_dir, "failed")
         print(f"\nthe run was killed (signal {-code})", file=sys.stderr, flush=True)
@@ -110,11 +112,9 @@ def torchrun(run_dir: Path, arguments: list[str]) -> int:
     # changes that, and our ranks take SIGTERM for a request to stop after the step.
     PContext.close.__defaults__ = (None, GRACE_S)  # death_sig, timeout
     try:
-        # Where torchrun would keep its logs, of which there are none: it leaves the folder behind.
-        with tempfile.TemporaryDirectory(prefix="sgopd-torchrun-") as logs:
-            parsed = run.parse_args(["--log-dir", logs, *arguments])
-            parsed.signals_to_handle = "SIGQUIT"
-            run.run(parsed)
+        parsed = run.parse_args(arguments)
+        parsed.signals_to_handle = "SIGQUIT"
+        run.run(parsed)
     except ChildFailedError as error:
         _write_status(run_dir, "failed")
         print(f"\n{_last_words(run_dir, error.failures)}", file=sys.stderr, flush=True)

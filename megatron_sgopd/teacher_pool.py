@@ -21,7 +21,7 @@ class TeacherPool:
     that the pool does not have, comes as one cut off before its first token: never endorsed.
     """
 
-    name, version, policy_version = "pool", "offline", 0
+    name, version, policy_version, answered = "pool", "offline", 0, 0
 
     def __init__(self, completions: dict[tuple[int, ...], list[tuple[int, ...] | None]]) -> None:
         """By prompt token ids, with the end-of-sequence token; None is a wrong one."""

@@ -36,6 +36,7 @@ from megatron_sgopd.rollout import (
 from megatron_sgopd.statistics import summarize
 from megatron_sgopd.train_step import measure_tie_width, train_step
 from megatron_sgopd.types import EngineLost
+from megatron_sgopd.weight_sync import StaleWeights
 
 
 def main(config: Config) -> None:
@@ -86,8 +87,8 @@ def train(config: Config) -> None:
                 save(run)
             bar.update()
             bar.set_postfix_str(headline(metrics))
-    bar.close()
-    finish(run, time.time() - started)
+        bar.close()
+        finish(run, time.time() - started)
 
 
 @contextmanager
@@ -95,10 +96,11 @@ def checkpoint_when_engines_are_lost(run: Run) -> Iterator[None]:
     """What was trained is kept: the run can go on when its engines are there again."""
     try:
         yield
-    except EngineLost as error:
+    except (EngineLost, StaleWeights) as error:  # on every rank
         run.log({})  # the step whose weights could not be pushed
         path = save_checkpoint(run.dir, run.student, run.state, run.config.checkpoint.keep)
-        raise EngineLost(f"{error}. {path} has what was trained: train again to resume") from error
+        message = f"{error}. {path} has what was trained: train again to resume"
+        raise type(error)(message) from error
 
 
 def next_batch(run: Run, step: int) -> Batch:

@@ -87,6 +87,11 @@ class Engine(Protocol):
     version: str
     policy_version: int
 
+    @property
+    def answered(self) -> int:
+        """Requests of the job under way whose answers are kept, should it have to be done again."""
+        ...
+
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """(index of the request, completion), as they finish."""
         ...

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.parallel import Groups, any_rank
 from megatron_sgopd.types import Completion, EngineLost, Request, WeightStream
-from megatron_sgopd.vllm_client import EngineDown, EngineRefused, VllmClient
+from megatron_sgopd.vllm_client import EngineDown, VllmClient
 from megatron_sgopd.vllm_server import VllmServer
 from megatron_sgopd.weight_buckets import buckets
 from megatron_sgopd.weight_sender import WeightSender
@@ -74,6 +74,7 @@ class VllmEngine:
         self._threads = ThreadPoolExecutor(max_concurrency, thread_name_prefix="sgopd-requests")
         self._answers: dict[Request, Completion] = {}  # of a job that an engine's end cut short
         self._restarts, self._resent = 0, 0
+        self._reason = ""  # why an engine was given up last
         self._closed = threading.Event()
         for remote in remotes:
             if remote.server is not None:
@@ -117,6 +118,11 @@ class VllmEngine:
         done = dict(self.stream(requests))
         return [done[i] for i in range(len(requests))]
 
+    @property
+    def answered(self) -> int:
+        """Requests of the job under way that were answered."""
+        return len(self._answers)
+
     def forget(self) -> None:
         """Drops the answers that were kept in case a job had to be done again."""
         self._answers.clear()
@@ -134,8 +140,7 @@ class VllmEngine:
                     remote.failures += 1
                     self._resent += 1
                     if remote.alive and not (healthy and remote.failures < MAX_FAILURES):
-                        logger.warning("%s; its requests are sent again", error)
-                        remote.alive = False
+                        self._give_up(remote, error)
             finally:
                 with self._lock:
                     remote.busy -= 1
@@ -146,7 +151,7 @@ class VllmEngine:
             alive = [r for r in self._remotes if r.alive]
             if not alive:
                 urls = ", ".join(r.client.url for r in self._remotes)
-                raise EngineLost(f"no vLLM engine is left ({urls})")
+                raise EngineLost(f"no vLLM engine is left ({urls}); {self._reason}")
             # Ranks begin at different engines, so that one request each does not meet at one.
             count, first = len(self._remotes), self._groups.dp_rank
             remote = min(alive, key=lambda r: (r.busy, (r.index - first) % count))
@@ -196,7 +201,7 @@ class VllmEngine:
         else:
             raise EngineLost(
                 f"{', '.join(dead) or 'a vLLM engine'} could not be brought back in "
-                f"{self._max_restarts} restarts (rollout.vllm.max_restarts)"
+                f"{self._max_restarts} restarts (rollout.vllm.max_restarts); {self._reason}"
             )
         for remote in self._remotes:
             remote.alive = True
@@ -214,8 +219,7 @@ class VllmEngine:
                 try:
                     act(remote.sender)
                 except EngineDown as error:
-                    logger.warning("%s", error)
-                    remote.alive = False
+                    self._give_up(remote, error)
                     remote.sender.close()
                     targets.remove(remote)
 
@@ -230,13 +234,7 @@ class VllmEngine:
             each(lambda sender, bucket=bucket: sender.send(bucket))  # type: ignore[misc]
             del bucket  # else the next one is made beside it
         each(lambda sender: sender.finish(policy_version))
-        for remote in targets:
-            if (held := remote.client.policy_version()) != policy_version:
-                raise EngineRefused(
-                    f"{remote.client.url} reports weights of version {held} after version "
-                    f"{policy_version} was pushed"
-                )
-            stale.discard(remote.index)
+        stale -= {remote.index for remote in targets}
 
     def _revive(self, attempt: int) -> set[int]:
         """Starts again what has died; the engines that have to be given their weights."""
@@ -258,12 +256,17 @@ class VllmEngine:
                     logger.warning("waiting for the engine at %s", remote.client.url)
                     _wait(remote.client.is_ready, self._patience_s)
             except (RuntimeError, ConfigError) as error:
-                logger.warning("%s", error)
+                self._give_up(remote, error)
                 continue
             remote.alive, remote.failures = True, 0
             self._restarts += 1
             revived.add(remote.index)
         return revived
+
+    def _give_up(self, remote: Remote, error: Exception) -> None:
+        """Until it is brought back; the reason is told if it cannot be."""
+        logger.warning("%s", error)
+        remote.alive, self._reason = False, str(error)
 
     @property
     def _owned(self) -> list[Remote]:
@@ -272,21 +275,39 @@ class VllmEngine:
     def sleep(self) -> None:
         """Colocated engines give up the devices' memory while the trainer trains."""
         if self._colocated and not self._asleep:
-            for remote in self._owned:
-                remote.client.sleep(keep_weights=self._weights is None)
+            self._tell(lambda client: client.sleep(keep_weights=self._weights is None))
             self._asleep = True
 
     def wake_up(self) -> None:
         """Before anything is asked of them again. Collective over all ranks."""
         if self._asleep:
-            for remote in self._owned:
-                remote.client.wake_up()
+            self._tell(lambda client: client.wake_up())
             self._asleep = False
             any_rank(False, self._groups)  # another replica may ask this one's engine
 
     def probe(self, ask: Callable[[VllmClient], Any]) -> list[tuple[str, Any]]:
-        """(URL, what `ask` says) of every engine this rank owns."""
-        return [(r.client.url, ask(r.client)) for r in self._owned]
+        """(URL, what `ask` says) of every engine this rank owns. Collective over all ranks.
+
+        Raises:
+            EngineLost: one breaks off each time it is asked.
+        """
+        for _ in range(self._max_restarts + 1):
+            told = self._tell(ask)
+            if not any_rank(len(told) < len(self._owned), self._groups):
+                return told
+            self.recover()
+        raise EngineLost(f"a vLLM engine does not answer after a push; {self._reason}")
+
+    def _tell(self, act: Callable[[VllmClient], Any]) -> list[tuple[str, Any]]:
+        """(URL, what it says) of the engines this rank owns; those that do not answer are left to
+        `recover` or the next push."""
+        told = []
+        for remote in self._owned:
+            try:
+                told.append((remote.client.url, act(remote.client)))
+            except EngineDown as error:
+                self._give_up(remote, error)
+        return told
 
     def incidents(self) -> dict[str, float]:
         """Engines that came back, and requests sent again, so far in the run. Collective."""

@@ -18,9 +18,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sgopd.config.errors import ConfigError
@@ -29,6 +29,7 @@ from megatron_sgopd.versions import TESTED, installed, is_tested
 
 NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ROLE_", "GROUP_")
+EVERY_ADDRESS = ("0.0.0.0", "::")  # of the node, as a server's host
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
 LEFT_OVER_S = 4.0  # the same for what a server leaves behind
 PR_SET_PDEATHSIG = 1
@@ -49,7 +50,7 @@ class ServerSpec:
 
     @property
     def url(self) -> str:
-        host = self.vllm.host if self.vllm.host not in ("0.0.0.0", "::") else "127.0.0.1"
+        host = self.vllm.host if self.vllm.host not in EVERY_ADDRESS else "127.0.0.1"
         return f"http://{host}:{self.port}"
 
     @property
@@ -203,11 +204,14 @@ def new_key(vllm: VllmConfig) -> str:
 
 
 def free_ports(host: str, count: int) -> list[int]:
+    """Raises ConfigError for an address that is not this machine's."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for s in sockets:
             s.bind((host, 0))
         return [int(s.getsockname()[1]) for s in sockets]
+    except OSError as error:
+        raise _cannot_listen(host, error) from error
     finally:
         for s in sockets:
             s.close()
@@ -219,10 +223,14 @@ def check_port(host: str, port: int) -> None:
         try:
             s.bind((host, port))
         except OSError as error:
-            raise ConfigError(
-                f"a vLLM server cannot listen on {host}:{port} ({error.strerror}): end what does, "
-                "or set rollout.vllm.port (null takes free ports) or rollout.vllm.host"
-            ) from error
+            raise _cannot_listen(f"{host}:{port}", error) from error
+
+
+def _cannot_listen(address: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"a vLLM server cannot listen on {address} ({error.strerror}): end what does, or set "
+        "rollout.vllm.port (null takes free ports) or rollout.vllm.host (IPv4)"
+    )
 
 
 def installed_version(python: str | None) -> str | None:
@@ -271,36 +279,34 @@ def _importable(folder: Path) -> Path:
     return place.resolve()
 
 
-def spec_with_port(spec: ServerSpec) -> ServerSpec:
-    """The same server on another free port."""
-    return replace(spec, port=free_ports(spec.vllm.host, 1)[0])
-
-
 # -- the process in between ------------------------------------------------------------------------
 
 
-def supervise(command: list[str]) -> int:
-    """Runs the server until it ends or stdin closes; the server's exit code (0: ended by us)."""
+def supervise(command: list[str], environment: Mapping[str, str], pipe: int) -> int:
+    """Runs the server until it ends, the pipe's other end closes, or SIGTERM or SIGINT comes.
+
+    The server's exit code; 0 where it was ended from here.
+    """
 
     def ended_with_us() -> None:  # should this process be killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os.close(0))
+        signal.signal(number, lambda *_: os.close(pipe))
     with tempfile.TemporaryDirectory(prefix="sgopd-vllm-", ignore_cleanup_errors=True) as folder:
         server = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "VLLM_RPC_BASE_PATH": folder, "TMPDIR": folder},
+            env={**environment, "VLLM_RPC_BASE_PATH": folder, "TMPDIR": folder},
             start_new_session=True,
             preexec_fn=ended_with_us,
         )
         asked = False
         while server.poll() is None and not asked:
             try:
-                ready = select.select([0], [], [], 0.2)[0]
-                asked = bool(ready) and not os.read(0, 1)
-            except OSError:  # closed by a signal
+                ready = select.select([pipe], [], [], 0.2)[0]
+                asked = bool(ready) and not os.read(pipe, 1)
+            except (OSError, ValueError):  # closed by a signal
                 asked = True
         shared = _shared_memory(server.pid)
         if server.poll() is None:
@@ -343,4 +349,4 @@ def _end_session(group: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(sys.argv[1:]))
+    sys.exit(supervise(sys.argv[1:], os.environ, pipe=0))

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from megatron_sgopd.vllm_client import EngineDown, VllmClient
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.vllm_client import EngineDown, EngineRefused, VllmClient
 from megatron_sgopd.weight_buckets import Bucket
 from megatron_sgopd.weight_wire import (
     TIMEOUT_S,
@@ -43,7 +44,13 @@ class WeightSender:
     def __init__(
         self, client: VllmClient, transport: str, device: torch.device, folder: str | None
     ) -> None:
-        self._client, self.transport, self._folder = client, transport, folder
+        self._client, self.transport = client, transport
+        self._folder = Path(folder or "/dev/shm")
+        if transport == "file" and not os.access(self._folder, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"rollout.vllm.transfer_folder is {str(self._folder)!r}, which this host cannot "
+                "write to: name a folder that trainer and engine both see (null: /dev/shm)"
+            )
         self.device = device if transport in ("nccl", "ipc") else torch.device("cpu")
         self._group: Any = None
         self._store: Any = None
@@ -60,8 +67,9 @@ class WeightSender:
         """Returns when the engine's workers have loaded the bucket."""
         entries = [entry.as_json() for entry in bucket.entries]
         if self.transport == "file":
-            folder = Path(self._folder or "/dev/shm")
-            handle, name = tempfile.mkstemp(prefix="sgopd-weights-", suffix=".bin", dir=folder)
+            handle, name = tempfile.mkstemp(
+                prefix="sgopd-weights-", suffix=".bin", dir=self._folder
+            )
             os.close(handle)
             try:
                 write_file(Path(name), bucket.flat)
@@ -76,7 +84,13 @@ class WeightSender:
             _both(told, broadcast(self._group, bucket.flat))
 
     def finish(self, policy_version: int) -> None:
+        """Sets the version of the weights, and reads it back."""
         self._client.finish_update(policy_version)
+        if (held := self._client.policy_version()) != policy_version:
+            raise EngineRefused(
+                f"{self._client.url} reports weights of version {held} after version "
+                f"{policy_version} was pushed"
+            )
 
     def close(self) -> None:
         """Gives the group up; the next push makes a new one."""

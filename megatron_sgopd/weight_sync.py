@@ -25,6 +25,7 @@ from megatron_sgopd.loss import Objective
 from megatron_sgopd.metrics import mismatch_kl
 from megatron_sgopd.model import ShardedModel
 from megatron_sgopd.packing import context_columns, micro_batches
+from megatron_sgopd.parallel import gather_objects
 from megatron_sgopd.student import Student
 from megatron_sgopd.types import Completion, Engine, Prompt, Rollout
 from megatron_sgopd.vllm_client import VllmClient
@@ -71,20 +72,23 @@ class Guard:
         """Metrics of the worst engine. Collective over all ranks.
 
         Raises:
-            StaleWeights: an engine beyond the bound, and whose weights it seems to hold.
+            StaleWeights: an engine beyond the bound, and whose weights it seems to hold; on every
+                rank.
         """
         ours, before = self.trainer_logprobs(), self.before
         self.before = ours
-        worst = 0.0
+        worst, account = 0.0, ""
         for url, theirs in engine.probe(self.engine_logprobs):
             found = mismatch_kl(theirs, ours)
             worst = max(worst, found)
             if not found <= self.bound:
                 old = float("inf") if before is None else mismatch_kl(theirs, before)
-                raise StaleWeights(self._account(url, found, old, policy_version))
-        told = torch.tensor(worst, device=self.student.groups.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return {"engine/probe_mismatch_kl": float(told)}
+                account = self._account(url, found, old, policy_version)
+        told = gather_objects((worst, account))
+        for _, problem in told:
+            if problem:
+                raise StaleWeights(problem)
+        return {"engine/probe_mismatch_kl": max(found for found, _ in told)}
 
     def _account(self, url: str, found: float, old: float, policy_version: int) -> str:
         if old <= self.bound:

@@ -25,6 +25,17 @@ Transport = Literal["gloo", "nccl", "ipc", "file"]
 KEY_VARIABLE = "SGOPD_ENGINE_KEY"
 OPEN_PATHS = ("/health",)
 DESCRIPTION = "/sgopd/description"  # a route of our servers
+SHAPE = (  # of a model's Hugging Face configuration: what engine and trainer must agree in
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
 TIMEOUT_S = 300.0
 
 

@@ -359,6 +359,14 @@ BAD_ENGINES = [
     (["rollout.engine=vllm", "rollout.vllm.transfer_folder=/tmp"], "'file' alone"),
     (["rollout.engine=vllm", "rollout.vllm.teacher.urls=['a:1']"], "vllm.teacher.urls has 'a:1'"),
     (
+        [
+            "rollout.engine=vllm",
+            "rollout.vllm.urls=['http://a:1']",
+            "rollout.vllm.teacher.urls=['http://a:1']",
+        ],
+        "http://a:1 is in rollout.vllm.urls and in rollout.vllm.teacher.urls",
+    ),
+    (
         ["rollout.engine=vllm", "rollout.vllm.teacher.devices=['0','1']"],
         "have 2 entries of devices and num_engines is 1",
     ),

@@ -90,9 +90,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     jobs = []
 
     def start(behaviour: str, world_size: int = 2) -> Job:
+        (tmp_path / "tmp").mkdir(exist_ok=True)
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(tmp_path), behaviour, str(world_size)],
             cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -179,6 +181,7 @@ def test_a_second_interrupt_kills(start: Callable[..., Job]):
     assert job.ended - began < 5.0
     assert job.last == "the run was killed (signal 9)"
     assert job.status == "failed"
+    assert not list((job.run_dir / "tmp").glob("sgopd-torchrun-*")), "no folder is left"
 
 
 def test_no_rank_outlives_a_killed_parent(start: Callable[..., Job]):

@@ -137,6 +137,24 @@ def test_rollouts_made_ahead_of_their_step_are_in_the_checkpoint(
     assert (tmp_path / "cut" / "made").read_text().split() == ["0", "1", "2", "3"]
 
 
+@pytest.mark.parametrize(
+    ("where", "error", "steps"),
+    [("push", "StaleWeights", 3), ("final evaluation", "EngineLost", 4)],
+)
+def test_a_run_that_loses_its_engines_keeps_what_it_trained(
+    pool: Any, world: Path, tmp_path: Path, where: str, error: str, steps: int
+) -> None:
+    settings = overrides(world, tmp_path / "run", "checkpoint.every=0", "checkpoint.at_end=false")
+    recipe = "recipes/demo/sg_opd.yaml"
+    for said in pool(2).run(train_cases.run_without_engines, recipe, settings, where):
+        assert said.startswith(f"{error}: planned. ")
+        assert said.endswith(f"step-{steps:08d} has what was trained: train again to resume")
+    assert len(train_cases.metrics_without_time(tmp_path / "run")) == steps
+    assert run(pool, "sg_opd", settings) == ["finished"] * 2
+    rows = train_cases.metrics_without_time(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
 LAYOUTS = {  # of two ranks
     "PP2, packed": ["pipeline_model_parallel_size=2", "micro_batch_tokens=60"],
     "PP2 x VPP2": [
@@ -213,6 +231,9 @@ def test_resuming_with_other_settings_is_refused_by_name(
     assert run(pool, "opd", settings) == ["finished"] * 2
     with pytest.raises(RankError, match=r"optimizer.lr was 0.0007, now 0.1"):
         run(pool, "opd", [*settings, "optimizer.lr=0.1"])
+    # Where servers are is another matter: they may have had to move.
+    elsewhere = ["num_steps=2", "rollout.vllm.port=9000", "rollout.vllm.max_restarts=9"]
+    assert run(pool, "opd", [*settings, *elsewhere]) == ["finished"] * 2
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,11 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
             check_port("127.0.0.1", port)
 
 
+def test_an_address_that_is_not_this_machines_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on 203.0.113.7 .*rollout.vllm.host"):
+        spec_of(tmp_path, host="203.0.113.7")  # of the addresses kept for documentation
+
+
 def test_versions_outside_the_tested_window_are_refused_unless_allowed() -> None:
     vllm = VllmConfig()
     check_version("0.32.0", vllm, "here")
@@ -176,6 +181,8 @@ def test_buckets_are_cast_and_aligned() -> None:
 class FakeEngine:
     """Counts what is asked of it."""
 
+    answered = 0
+
     def __init__(self) -> None:
         self.recovered = self.forgotten = 0
 
@@ -206,14 +213,31 @@ def job_that_loses_its_engine_twice() -> tuple[list[Any], int, int]:
         return "done"
 
     with layout(1) as groups:
-        jobs = OnFirstRank(groups, lambda: [engine])  # type: ignore[list-item]
+        jobs = OnFirstRank(groups, lambda: [engine], 2)  # type: ignore[list-item]
         return [jobs.run(job), len(calls)], engine.recovered, engine.forgotten
+
+
+def job_whose_engine_always_ends(answers: int) -> tuple[str, int]:
+    """Before each of its ends the engine answers one request more, up to `answers`."""
+    engine = FakeEngine()
+
+    def job() -> None:
+        engine.answered = min(engine.answered + 1, answers)
+        raise EngineLost("out of memory")
+
+    with layout(1) as groups:
+        jobs = OnFirstRank(groups, lambda: [engine], 2)  # type: ignore[list-item]
+        try:
+            jobs.run(job)
+        except EngineLost as error:
+            return str(error), engine.recovered
+    return "nothing was raised", engine.recovered
 
 
 def one_step_off() -> tuple[float, str]:
     engine = SlowFakeEngine()
     with layout(1) as groups:
-        jobs = OnFirstRank(groups, lambda: [engine])  # type: ignore[list-item]
+        jobs = OnFirstRank(groups, lambda: [engine], 0)  # type: ignore[list-item]
         begun = time.monotonic()
         jobs.begin(engine.answer)
         time.sleep(SlowFakeEngine.LATENCY_S)  # the training meanwhile
@@ -222,7 +246,7 @@ def one_step_off() -> tuple[float, str]:
 
 def job_that_fails() -> str:
     with layout(1) as groups:
-        jobs = OnFirstRank(groups, list)
+        jobs = OnFirstRank(groups, list, 0)
 
         def job() -> None:
             raise KeyError("planned")
@@ -237,6 +261,16 @@ def job_that_fails() -> str:
 def test_a_job_is_done_again_after_its_engines_are_brought_back(pool: Any) -> None:
     ((result, recovered, forgotten),) = pool(1).run(job_that_loses_its_engine_twice)
     assert (result, recovered, forgotten) == (["done", 3], 2, 1)
+
+
+@pytest.mark.parametrize("answers", [0, 5])
+def test_engines_that_come_back_and_end_before_the_next_answer_are_given_up(
+    pool: Any, answers: int
+) -> None:
+    ((said, recovered),) = pool(1).run(job_whose_engine_always_ends, answers)
+    assert "brought back 2 times (rollout.vllm.max_restarts)" in said
+    assert said.endswith("before the next answer: out of memory")
+    assert recovered == 2 + answers, "an answer more is worth another try"
 
 
 def test_a_begun_job_runs_while_the_trainer_trains(pool: Any) -> None:

@@ -17,6 +17,8 @@ from megatron_sgopd.config.checks import resolve
 from megatron_sgopd.config.load import load_config
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.parallel import shutdown
+from megatron_sgopd.types import EngineLost
+from megatron_sgopd.weight_sync import StaleWeights
 
 
 class PlannedFault(RuntimeError):
@@ -75,6 +77,32 @@ def run_ahead(recipe: str, overrides: Sequence[str], fault: tuple[str, int] | No
         return run(recipe, overrides, fault)
     finally:
         globals()["resolve"], trainer.make_batch = plain_resolve, plain_make
+
+
+def run_without_engines(recipe: str, overrides: Sequence[str], where: str) -> str:
+    """`run`, whose engine is lost ("final evaluation") or answers with stale weights ("push" of the
+    third step); what is said."""
+    plain_evaluate, plain_push = trainer.evaluate_and_write, Run.push_weights
+
+    def evaluate_and_write(run: Run, name: str) -> Any:
+        raise EngineLost("planned")
+
+    def push(self: Run) -> dict[str, float]:
+        if self.state.step == 3:
+            raise StaleWeights("planned")
+        return plain_push(self)
+
+    if where == "push":
+        Run.push_weights = push  # type: ignore[method-assign]
+    else:
+        trainer.evaluate_and_write = evaluate_and_write
+    try:
+        return run(recipe, overrides)
+    except (EngineLost, StaleWeights) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        trainer.evaluate_and_write = plain_evaluate
+        Run.push_weights = plain_push  # type: ignore[method-assign]
 
 
 def error_of(recipe: str, overrides: Sequence[str]) -> str:

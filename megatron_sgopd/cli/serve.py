@@ -26,21 +26,27 @@ def add(commands: Commands) -> None:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Becomes the server; the trainer is pointed to it by rollout.vllm.urls."""
+    """Until it ends or is ended (Ctrl-C); the trainer is pointed to it by rollout.vllm.urls."""
     config = resolve(load_config(arguments.recipe, [*arguments.overrides, "rollout.engine=vllm"]))
     role = "teacher" if arguments.teacher else "student"
     path = getattr(config.model, role).hf_path
     if path is None:
         raise ConfigError("--teacher: the recipe has no model.teacher.hf_path")
     vllm = servers_of(config.rollout.vllm, role)
-    if vllm.api_key_variable not in os.environ:
+    if not os.environ.get(vllm.api_key_variable):
         raise ConfigError(
             f"the environment has no {vllm.api_key_variable}, the key that trainer and server "
             "share (rollout.vllm.api_key_variable): export one secret on both sides"
         )
     from megatron_sgopd.hf_files import resolve_hf_dir
     from megatron_sgopd.parallel import pick_device
-    from megatron_sgopd.vllm_server import check_port, check_version, installed_version, make_specs
+    from megatron_sgopd.vllm_server import (
+        check_port,
+        check_version,
+        installed_version,
+        make_specs,
+        supervise,
+    )
 
     check_version(installed_version(vllm.python), vllm, vllm.python or "this environment")
     port = config.rollout.vllm.port or 8000
@@ -54,5 +60,8 @@ def serve(arguments: argparse.Namespace) -> int:
         key=os.environ[vllm.api_key_variable],
     )
     print(f"{config.name}: serving {spec.model} at {spec.url}", flush=True)
-    command = spec.command()
-    os.execvpe(command[0], command, spec.environment())
+    pipe, held = os.pipe()  # nobody's end closes: it ends by a signal
+    try:
+        return supervise(spec.command(), spec.environment(), pipe)
+    finally:
+        os.close(held)

@@ -93,6 +93,11 @@ def _teacher_servers(config: Config) -> Iterator[str]:
     student, phases = config.rollout.vllm, config.distill.phases
     teacher = servers_of(student, "teacher")
     yield from _urls("rollout.vllm.teacher.urls", teacher.urls)
+    if twice := sorted(set(student.urls or []) & set(teacher.urls or [])):
+        yield (
+            f"{twice[0]} is in rollout.vllm.urls and in rollout.vllm.teacher.urls: a server holds "
+            "one model, and the student's is given new weights after each step"
+        )
     if teacher.devices is not None and len(teacher.devices) != teacher.num_engines:
         yield (
             f"the teacher's servers (rollout.vllm.teacher) have {len(teacher.devices)} entries of "

@@ -138,6 +138,8 @@ def test_what_does_not_fit_is_said_before_training(
         "unreachable": ("http://127.0.0.1:9 ", "does not answer", "sgopd serve"),
         "vocabulary": ("vocab_size 331, this run needs 332", "sgopd serve"),
         "wrong model": ("model_type qwen3, this run needs llama", "sgopd serve"),
+        "wrong width": ("this run needs 77", "sgopd serve"),
+        "student's as the teacher's": ("rollout.vllm.teacher.urls", "sgopd serve --teacher"),
         "dtype": ("dtype float32, this run needs bfloat16",),
         "too short": ("max_model_len 400, this recipe needs 401", "a longer one"),
         "port taken": ("cannot listen on 127.0.0.1:", "rollout.vllm.port"),

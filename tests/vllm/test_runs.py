@@ -16,13 +16,17 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_sgopd.vllm_client import VllmClient
+from megatron_sgopd.vllm_server import free_ports
 from tests.train_cases import metrics_without_time
 
 PATIENCE_S = 200.0
 
 
-def start(world: Path, run_dir: Path, *more: str) -> subprocess.Popen[bytes]:
-    """`sgopd train` of a tiny SG-OPD run; its output goes to RUN_DIR.out."""
+def start(
+    world: Path, run_dir: Path, *more: str, command: str = "train"
+) -> subprocess.Popen[bytes]:
+    """`sgopd train` (or `serve`) of a tiny SG-OPD run; its output goes to RUN_DIR.out."""
     settings = [
         f"model.student.hf_path={world}/student/hf",
         f"model.teacher.hf_path={world}/teacher/hf",
@@ -40,9 +44,9 @@ def start(world: Path, run_dir: Path, *more: str) -> subprocess.Popen[bytes]:
         "logging.progress=false",
         *more,
     ]
-    command = [sys.executable, "-m", "megatron_sgopd", "train", "recipes/demo/sg_opd.yaml"]
+    sgopd = [sys.executable, "-m", "megatron_sgopd", command, "recipes/demo/sg_opd.yaml"]
     with open(f"{run_dir}.out", "ab") as out:
-        return subprocess.Popen([*command, *settings], stdout=out, stderr=subprocess.STDOUT)
+        return subprocess.Popen([*sgopd, *settings], stdout=out, stderr=subprocess.STDOUT)
 
 
 def servers(model: Path) -> list[psutil.Process]:
@@ -141,6 +145,25 @@ def test_no_server_outlives_a_run_that_is_stopped_or_killed(world: Path, tmp_pat
         lambda: not any(p.is_running() and p.status() != "zombie" for p in members), "the end", 60
     )
     assert [row["step"] for row in rows(run_dir)] == list(range(1, len(rows(run_dir)) + 1))
+
+
+def test_a_server_started_by_hand_serves_a_run_and_leaves_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGOPD_ENGINE_KEY", "a secret")
+    run_dir, before_it = tmp_path / "run", litter()
+    (port,) = free_ports("127.0.0.1", 1)
+    server = start(world, tmp_path / "server", f"rollout.vllm.port={port}", command="serve")
+    url = f"http://127.0.0.1:{port}"
+    until(VllmClient(url, "a secret").is_ready, "a server that is ready")
+    settings = ("num_steps=2", "distill.phases.enabled=false", f"rollout.vllm.urls=['{url}']")
+    run = start(world, run_dir, *settings)
+    assert run.wait(PATIENCE_S) == 0, Path(f"{run_dir}.out").read_text()[-3000:]
+    assert [row["step"] for row in rows(run_dir)] == [1, 2]
+    server.send_signal(signal.SIGINT)
+    assert server.wait(PATIENCE_S) == 0
+    assert not servers(world / "student" / "hf")
+    assert not litter() - before_it
 
 
 @pytest.mark.skipif(not os.environ.get("LONG"), reason="make test-vllm LONG=1")

@@ -28,6 +28,7 @@ from megatron_sgopd.config.schema import (
     PhasesConfig,
     RolloutConfig,
     StudentConfig,
+    TeacherServersConfig,
     VllmConfig,
 )
 from megatron_sgopd.engines import make_engine
@@ -225,16 +226,17 @@ def preflight(url: str, key: str, path: str, log_folder: str) -> dict[str, str]:
     plain = config_of(path, temperature=1.0)
     hf_config = read_hf_config(Path(path))
 
-    def refusal(hf: Any = hf_config, **vllm: Any) -> str:
+    def refusal(hf: Any = hf_config, role: str = "student", **vllm: Any) -> str:
         vllm = {"urls": [url], "num_engines": 1, "max_model_len": 400, **vllm}
         settings = replace(plain.rollout.vllm, **vllm)
+        settings = replace(settings, teacher=TeacherServersConfig(urls=[url]))
         config = replace(
             plain,
             rollout=replace(plain.rollout, vllm=settings),
             logging=replace(plain.logging, run_dir=log_folder),
         )
         try:
-            make_engine(config, groups, hf, Path(path)).close()
+            make_engine(config, groups, hf, Path(path), role).close()
         except (ConfigError, EngineLost) as error:
             return f"{type(error).__name__}: {error}"
         return "nothing was said"
@@ -252,6 +254,8 @@ def preflight(url: str, key: str, path: str, log_folder: str) -> dict[str, str]:
             "unreachable": refusal(urls=["http://127.0.0.1:9"]),
             "vocabulary": refusal(other(vocab_size=332)),
             "wrong model": refusal(other(model_type="llama")),
+            "wrong width": refusal(other(intermediate_size=77)),
+            "student's as the teacher's": refusal(role="teacher"),
             "dtype": refusal(dtype="bfloat16"),
             "too short": refusal(max_model_len=401),
             "port taken": refusal(urls=None, port=taken.getsockname()[1]),
@@ -288,7 +292,7 @@ def killed(path: str, folder: str) -> dict[str, Any]:
         engine = make_engine(config, groups, read_hf_config(Path(path)), Path(path))
         assert isinstance(engine, VllmEngine)
         guard = Guard(SimpleNamespace(model=model, groups=groups), config)  # type: ignore[arg-type]
-        jobs = OnFirstRank(groups, lambda: [engine])
+        jobs = OnFirstRank(groups, lambda: [engine], vllm.max_restarts)
         engine.push_weights(lambda: iter_hf_weights(model), 7)
         undisturbed = jobs.run(lambda: engine.generate(requests))
         (remote,) = engine._remotes
