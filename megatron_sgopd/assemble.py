@@ -27,6 +27,7 @@ from megatron_sgopd.loss import Objective
 from megatron_sgopd.metrics import MetricsWriter
 from megatron_sgopd.parallel import Groups, any_rank, initialize
 from megatron_sgopd.pending import of_columns
+from megatron_sgopd.preflight import require_agreement
 from megatron_sgopd.prompts import (
     PromptStream,
     load_problems,
@@ -226,6 +227,7 @@ def assemble(config: Config) -> Run:
     run_dir = Path(config.logging.run_dir or "")
     checkpoints = list_checkpoints(run_dir)
     _prepare_run_dir(config, run_dir, groups, resuming=bool(checkpoints))
+    require_agreement(config, run_dir)
 
     student_dir = resolve_hf_dir(config.model.student.hf_path)
     hf_config = read_hf_config(student_dir)
