@@ -27,6 +27,7 @@ from megatron_sgopd.loss import Objective
 from megatron_sgopd.metrics import MetricsWriter
 from megatron_sgopd.parallel import Groups, any_rank, initialize
 from megatron_sgopd.pending import of_columns
+from megatron_sgopd.preflight import require_agreement
 from megatron_sgopd.prompts import (
     PromptStream,
     load_problems,
@@ -35,7 +36,7 @@ from megatron_sgopd.prompts import (
     share,
     stop_token_ids,
 )
-from megatron_sgopd.roles import load_reference, load_student, load_teacher
+from megatron_sgopd.roles import Vocabulary, load_reference, load_student, load_teacher
 from megatron_sgopd.rollout import Sampler
 from megatron_sgopd.student import Student, make_student
 from megatron_sgopd.teacher_pool import TeacherPool
@@ -148,15 +149,17 @@ class Run:
             return
         path = resolve_hf_dir(self.config.model.teacher.hf_path or "")
         config, model = self.config, self.teacher.model
+        embedded = config.rollout.engine == "embedded"  # which gets its weights from the model
         engine = make_engine(
             config,
             self.groups,
-            read_hf_config(path),
+            model.hf_config if embedded else read_hf_config(path),
             path,
             "teacher",
             _starting(config, self.groups),
+            model.shared_vocab_size,
         )
-        if engine.name == "embedded":
+        if embedded:
             with self.teacher.at_hand():
                 engine.push_weights(lambda: iter_hf_weights(model), 0)
         self.teacher_engine = engine
@@ -225,6 +228,7 @@ def assemble(config: Config) -> Run:
     run_dir = Path(config.logging.run_dir or "")
     checkpoints = list_checkpoints(run_dir)
     _prepare_run_dir(config, run_dir, groups, resuming=bool(checkpoints))
+    require_agreement(config, run_dir)
 
     student_dir = resolve_hf_dir(config.model.student.hf_path)
     hf_config = read_hf_config(student_dir)
@@ -233,9 +237,10 @@ def assemble(config: Config) -> Run:
     verifier = _verifier(config) if groups.is_replica_first_rank else None
 
     objective = Objective.of(config, eps=0.0)
-    model = load_student(config, groups, trainable=True)
-    teacher = load_teacher(config, groups, hf_config) if objective.needs_teacher else None
-    reference = load_reference(config, groups) if objective.needs_reference else None
+    vocabulary = Vocabulary.of(config)
+    model = load_student(config, groups, vocabulary, trainable=True)
+    teacher = load_teacher(config, groups, vocabulary) if objective.needs_teacher else None
+    reference = load_reference(config, groups, vocabulary) if objective.needs_reference else None
     student = make_student(model, config)
 
     state = TrainState(world_size=groups.world_size, seed=config.seed, name=config.name)
@@ -249,7 +254,13 @@ def assemble(config: Config) -> Run:
     engine = None
     if config.distill.method != "sft" or config.evaluation.data:
         engine = make_engine(
-            config, groups, hf_config, student_dir, "student", _starting(config, groups)
+            config,
+            groups,
+            hf_config,
+            student_dir,
+            "student",
+            _starting(config, groups),
+            vocabulary.shared,
         )
     problems = load_problems(
         config.data.train,

@@ -41,12 +41,14 @@ class EmbeddedEngine:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         max_batch_size: int = 512,
+        shared_vocab_size: int | None = None,  # ids from here on are never sampled; None: all are
     ) -> None:
         self.policy_version, self.answered = -1, 0  # no weights yet, and nothing to keep
         self._group, self._device, self._max_batch_size = group, device, max_batch_size
         self._max_positions = hf_config.max_position_embeddings
         self._full = FULL_ON_CPU if device.type == "cpu" else max_batch_size
         self._vocab_size = hf_config.vocab_size
+        self._shared_vocab_size = shared_vocab_size or hf_config.vocab_size
         # The type goes in here, not through .to(dtype): that would round the rotary frequencies
         # too, and far positions would be wrong.
         self._model: Any = (
@@ -208,7 +210,7 @@ class EmbeddedEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            tokens = sampler.step(logits, batch.rows)
+            tokens = sampler.step(logits[:, : self._shared_vocab_size], batch.rows)
             alive = ~sampler.finished[batch.rows]
             left = int(alive.sum())
             if left == 0:

@@ -44,8 +44,11 @@ def make_engine(
     model: Path,
     role: str = "student",
     progress: Progress = lambda url, seconds: None,
+    shared_vocab_size: int | None = None,
 ) -> Engine:
     """The engine of a model, without weights yet (a teacher's server has its own). Collective.
+
+    Token ids from `shared_vocab_size` on (None: the model has no others) are never sampled.
 
     Raises:
         ConfigError: vLLM or a server that cannot serve this recipe, and what to do.
@@ -58,10 +61,14 @@ def make_engine(
             device=groups.device,
             dtype=getattr(torch, config.model.dtype),
             max_batch_size=config.rollout.max_batch_size,
+            shared_vocab_size=shared_vocab_size,
         )
     vllm = servers_of(config.rollout.vllm, role)
     key = _from_first_rank(new_key(vllm) if groups.rank == 0 else None)
-    remotes = _remotes(vllm, groups, model, role, Path(config.logging.run_dir or ""), key, progress)
+    rows = hf_config.vocab_size
+    never_sampled = range(shared_vocab_size or rows, rows)
+    run_dir = Path(config.logging.run_dir or "")
+    remotes = _remotes(vllm, groups, model, role, run_dir, key, progress, never_sampled)
     described = _check(remotes, config, hf_config, role)
     version = broadcast_object(described.get("version", ""), groups)
     return VllmEngine(
@@ -92,6 +99,7 @@ def _remotes(
     run_dir: Path,
     key: str,
     progress: Progress,
+    never_sampled: range,
 ) -> list[Remote]:
     """All engines that this first rank reaches; its own ones started and ready."""
     mine: dict[int, tuple[str, str]] = {}  # index -> (host name, URL)
@@ -125,7 +133,11 @@ def _remotes(
         if url is None:
             continue
         client = VllmClient(
-            url, key, max_connections=vllm.max_concurrency, timeout_s=vllm.request_timeout_s
+            url,
+            key,
+            max_connections=vllm.max_concurrency,
+            timeout_s=vllm.request_timeout_s,
+            never_sampled=never_sampled,
         )
         sender = None
         if index in mine:

@@ -121,7 +121,7 @@ class Frozen:
             tokens=part.targets.flatten(),
             mask=part.loss_mask.flatten(),
             group=self.model.groups.tp_group,
-            vocab_size=self.model.true_vocab_size,
+            vocab_size=self.model.shared_vocab_size,
             temperature=objective.temperature,
             chunk_tokens=objective.chunk_tokens,
         )

@@ -18,8 +18,10 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.tx
 EXTRA_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template*")
 
 
-def resolve_hf_dir(path: str) -> Path:
+def resolve_hf_dir(path: str, *, weights: bool = True) -> Path:
     """A local directory, or the local snapshot of a hub name (downloaded where that is possible).
+
+    Without `weights`, of a hub name only what is small.
 
     Raises:
         ValueError: neither; says what was tried.
@@ -36,7 +38,8 @@ def resolve_hf_dir(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        patterns = ["*.json", "*.jinja", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:
         raise ValueError(
             f"{path} is no local directory and could not be had from the hub "

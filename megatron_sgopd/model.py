@@ -67,6 +67,7 @@ class ShardedModel:
     chunks: tuple[DistillationGPTModel, ...]
     groups: Groups
     hf_config: Any
+    shared_vocab_size: int  # rows that enter a softmax: those that all models of a run have
 
     @property
     def last_chunk(self) -> DistillationGPTModel:
@@ -80,7 +81,7 @@ class ShardedModel:
 
     @property
     def true_vocab_size(self) -> int:
-        """The Hugging Face model's; the padded rows beyond it never count."""
+        """Rows of the Hugging Face model, which are exported; Megatron pads beyond them."""
         return int(self.hf_config.vocab_size)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -105,8 +106,11 @@ def build_model(
     dtype: torch.dtype,
     transformer_impl: str = "local",
     trainable: bool,
+    shared_vocab_size: int | None = None,
 ) -> ShardedModel:
     """This rank's part of the model of a Hugging Face config, its weights not yet loaded.
+
+    Vocabulary rows from `shared_vocab_size` on (None: the model has no others) enter no softmax.
 
     Raises:
         ValueError: an architecture, option or size that does not fit, by name.
@@ -144,7 +148,9 @@ def build_model(
             frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](hf_config, groups.device)
             chunk.rotary_pos_emb.inv_freq = frequencies
         chunks.append(chunk)
-    return ShardedModel(tuple(chunks), groups, hf_config)
+    return ShardedModel(
+        tuple(chunks), groups, hf_config, shared_vocab_size or int(hf_config.vocab_size)
+    )
 
 
 def split_layers(num_layers: int, stages: int) -> list[int]:

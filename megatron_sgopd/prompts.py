@@ -17,6 +17,8 @@ from typing import Any
 from megatron_sgopd.config.schema import DataConfig
 from megatron_sgopd.types import Prompt
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -172,6 +174,9 @@ def _text(row: dict[str, Any], field: str, where: str, key: str) -> str:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a Hugging Face directory."""
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        names = ", ".join(TOKENIZER_FILES)  # without them transformers makes an empty one
+        raise ValueError(f"{path} holds no usable tokenizer: it has none of {names}")
     from transformers import AutoTokenizer
 
     try:

@@ -219,7 +219,7 @@ def run_schedule(
                     item.reference.take() if item.reference else None,
                 ),
                 group=groups.tp_group,
-                vocab_size=student.model.true_vocab_size,
+                vocab_size=student.model.shared_vocab_size,
             )
             # Megatron's token count; nothing divides by it.
             count = torch.ones((), dtype=torch.int, device=output.device)
@@ -261,6 +261,7 @@ def _in_layout_of(teacher: Frozen, model: ShardedModel, config: Config) -> Shard
         dtype=model.dtype,
         transformer_impl=config.model.transformer_impl,
         trainable=False,
+        shared_vocab_size=model.shared_vocab_size,
     )
     load_stream(copy, iter_hf_weights(model), source="the student")
     return copy

@@ -6,7 +6,7 @@ restart) and `EngineRefused` when it answers that the request is wrong (asking a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import httpx2
@@ -16,6 +16,7 @@ from megatron_sgopd.weight_wire import DESCRIPTION
 
 KEEP_ALIVE_S = 3.0  # below the server's 5 s: it must not be the one to hang up
 MODEL = "policy"  # the name our servers serve their model under
+NEVER = -100.0  # added to a logit, the least that vLLM takes: its probability is 0 in fp32
 
 
 class EngineDown(ConnectionError):
@@ -27,12 +28,19 @@ class EngineRefused(ValueError):
 
 
 class VllmClient:
-    """Thread-safe; `max_connections` calls at once, more wait."""
+    """Thread-safe; `max_connections` calls at once, more wait. `never_sampled`: token ids."""
 
     def __init__(
-        self, url: str, key: str, *, max_connections: int = 256, timeout_s: float = 3600.0
+        self,
+        url: str,
+        key: str,
+        *,
+        max_connections: int = 256,
+        timeout_s: float = 3600.0,
+        never_sampled: Iterable[int] = (),
     ) -> None:
         self.url = url.rstrip("/")
+        self._bias = dict.fromkeys(map(str, never_sampled), NEVER)
         self._http = httpx2.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"},
@@ -87,7 +95,9 @@ class VllmClient:
 
     def _generate(self, token_ids: Sequence[int], **sampling: Any) -> dict[str, Any]:
         # The recipe's stop ids are all that ends a completion: not the model's own EOS beside them.
-        fixed = {"ignore_eos": True, "detokenize": False, "top_p": 1.0, "top_k": 0}
+        fixed: dict[str, Any] = {"ignore_eos": True, "detokenize": False, "top_p": 1.0, "top_k": 0}
+        if self._bias:
+            fixed["logit_bias"] = self._bias
         body = {
             "model": MODEL,
             "token_ids": list(token_ids),

@@ -109,13 +109,12 @@ class Guard:
 
     def probes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(prompt, completion) of each probe: fixed tokens."""
-        model = self.student.model.hf_config
+        model, ids = self.student.model.hf_config, self.student.model.shared_vocab_size
         room = min(model.max_position_embeddings, self.config.rollout.vllm.max_model_len or 0)
         prompt = min(PROBE_PROMPT, room - PROBE_LENGTH)
         draw = random.Random(20260609)
         tokens = [
-            [draw.randrange(model.vocab_size) for _ in range(prompt + PROBE_LENGTH)]
-            for _ in range(NUM_PROBES)
+            [draw.randrange(ids) for _ in range(prompt + PROBE_LENGTH)] for _ in range(NUM_PROBES)
         ]
         return [(tuple(t[:prompt]), tuple(t[prompt:])) for t in tokens]
 

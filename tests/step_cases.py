@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,17 +28,23 @@ from megatron_sgopd.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    StudentConfig,
 )
 from megatron_sgopd.doctor import full_gradients
 from megatron_sgopd.frozen import Frozen
-from megatron_sgopd.hf_files import read_hf_config
-from megatron_sgopd.hf_weights import iter_hf_weights, load_hf_weights
+from megatron_sgopd.hf_weights import iter_hf_weights
 from megatron_sgopd.loss import Objective
 from megatron_sgopd.metrics import Clock
-from megatron_sgopd.model import build_model
-from megatron_sgopd.parallel import Groups, inner_groups
+from megatron_sgopd.parallel import Groups
+from megatron_sgopd.roles import Vocabulary, load_reference, load_student, load_teacher
 from megatron_sgopd.student import Student, make_student
-from megatron_sgopd.train_step import accumulate_gradients, gather_metrics, prepare, train_step
+from megatron_sgopd.train_step import (
+    accumulate_gradients,
+    gather_metrics,
+    measure_tie_width,
+    prepare,
+    train_step,
+)
 from megatron_sgopd.types import Completion, Prompt, Rollout
 from tests.layouts import layout
 
@@ -80,8 +85,9 @@ def config_of(case: StepCase) -> Config:
         name="step",
         model=ModelConfig(
             dtype=case.dtype,  # type: ignore[arg-type]
-            teacher=FrozenConfig(**dict(case.frozen)),
-            reference=FrozenConfig(**dict(case.frozen)),
+            student=StudentConfig(hf_path=case.student),
+            teacher=FrozenConfig(hf_path=case.teacher, **dict(case.frozen)),
+            reference=FrozenConfig(hf_path=case.reference, **dict(case.frozen)),
         ),
         parallel=parallel_of(case),
         distill=DistillConfig(
@@ -256,32 +262,11 @@ def groups_of(case: StepCase) -> Iterator[Groups]:
 
 def assemble_parts(case: StepCase, groups: Groups) -> Parts:
     config = config_of(case)
-    dtype = getattr(torch, case.dtype)
-    models = {}
-    for name in ("student", "teacher", "reference"):
-        path = Path(getattr(case, name))
-        own = groups
-        if name != "student":
-            f = config.model.teacher
-            own = inner_groups(groups, f.tensor_model_parallel_size, f.pipeline_model_parallel_size)
-        models[name] = build_model(
-            read_hf_config(path), own, dtype=dtype, trainable=name == "student"
-        )
-        load_hf_weights(models[name], path)
-    budget = config.parallel.hidden_states_budget_mb
-    frozen = [
-        Frozen(
-            models[name],
-            groups,
-            config.model.teacher.offload,
-            None if budget is None else budget * 2**20,
-        )
-        for name in ("teacher", "reference")
-    ]
-    for each in frozen:
-        each.park()
+    vocabulary = Vocabulary.of(config)
+    student = load_student(config, groups, vocabulary, trainable=True)
+    frozen = [load(config, groups, vocabulary) for load in (load_teacher, load_reference)]
     return Parts(
-        make_student(models["student"], config),
+        make_student(student, config),
         *frozen,
         groups,
         config,
@@ -421,8 +406,6 @@ def tied_copies_differ(student: Student, weights: dict[str, Tensor]) -> float:
 
 def self_teacher(case: StepCase) -> dict[str, float]:
     """A teacher that is a copy of the student, through the real frozen path."""
-    from megatron_sgopd.train_step import measure_tie_width
-
     case = replace(case, teacher=case.student, reference=case.student)
     rollouts = [replace(r, source="student") for r in draw_any_rollouts(case)]
     with groups_of(case) as groups:
@@ -433,6 +416,46 @@ def self_teacher(case: StepCase) -> dict[str, float]:
         metrics, gradients = gradients_of(case, parts, rollouts)
         norm = max(float(g.abs().max()) for g in gradients.values())
     return {"eps": eps, "open": metrics["gate/open_rate"], "gradient": norm}
+
+
+def padding_errors(
+    case: StepCase, padded: StepCase, shared: int
+) -> tuple[float, dict[str, float], float]:
+    """The step of `case` against that of the padded models on the same rollouts.
+
+    Error of the loss, of each gradient's first rows, and the largest gradient beyond them.
+    """
+    rollouts, results = draw_any_rollouts(case), []
+    paths = {name: getattr(padded, name) for name in ("student", "teacher", "reference")}
+    for each in (case, replace(case, **paths)):
+        with groups_of(each) as groups:
+            results.append(gradients_of(each, assemble_parts(each, groups), rollouts))
+    (metrics, wanted), (got_metrics, got) = results
+    errors, beyond = {}, 0.0
+    for name, gradient in wanted.items():
+        rows = slice(shared) if "embed" in name or "lm_head" in name else slice(None)
+        worst = (got[name][rows] - gradient).abs().max()
+        errors[name] = float(worst / gradient.abs().max())
+        beyond = max(beyond, float(got[name][shared:].abs().sum()) if rows.stop else 0.0)
+    return abs(got_metrics["train/loss"] / metrics["train/loss"] - 1), errors, beyond
+
+
+def tie_width(case: StepCase) -> float:
+    """As measured at a run's start, with the student in the teacher's layout."""
+    with groups_of(case) as groups:
+        parts = assemble_parts(case, groups)
+        return measure_tie_width(
+            parts.student, parts.teacher, draw_any_rollouts(case), parts.config
+        )
+
+
+def load_error(case: StepCase) -> str:
+    with groups_of(case) as groups:
+        try:
+            assemble_parts(case, groups)
+        except ValueError as error:
+            return str(error)
+    return "no error"
 
 
 def repeated_gradients(case: StepCase, copies: int) -> float:

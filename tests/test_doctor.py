@@ -93,10 +93,3 @@ def test_the_command_on_a_recipe(tmp_path: Path) -> None:
     assert "the worst is model." in done.stdout
     assert "ok: the layout" in done.stdout
     assert not list(tmp_path.glob("sgopd-doctor-*"))
-
-
-def test_without_a_check_to_make_the_command_says_which_there_is() -> None:
-    command = [sys.executable, "-m", "megatron_sgopd", "doctor", RECIPE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--parallel" in done.stderr

@@ -1,4 +1,4 @@
-"""`sgopd doctor --parallel RECIPE [key=value …]`: pre-flight checks of a recipe."""
+"""`sgopd doctor [--parallel] RECIPE [key=value …]`: pre-flight checks of a recipe."""
 
 from __future__ import annotations
 
@@ -17,26 +17,46 @@ from megatron_sgopd.versions import describe
 
 
 def add(commands: Commands) -> None:
-    text = "check that a recipe's layout computes what one rank computes"
+    text = "check a recipe's models, data and versions, or that its layout computes right"
     command = add_command(commands, "doctor", doctor, text)
     add_recipe(command)
     command.add_argument(
         "--parallel",
         action="store_true",
-        required=True,
-        help="compare the layout's loss and gradients with one rank's, on tiny models",
+        help="instead, compare the layout's loss and gradients with one rank's, on tiny models",
     )
     command.add_argument("--result", help=argparse.SUPPRESS)  # the ranks' report, as JSON
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Exit code 0: the layout is right; 1: it is not, or the self-test failed."""
+    """Exit code 0: nothing is wrong; 1: something is, or the self-test failed."""
     config = load_config(arguments.recipe, arguments.overrides)
     place = rank_environment(os.environ)
+    resolved = resolve(config, int(place["WORLD_SIZE"]) if place else None)
+    if not arguments.parallel:
+        return _check_recipe(resolved)
     if place is not None:
         os.environ.update(place)
-        return _check_on_rank(resolve(config, int(place["WORLD_SIZE"])), arguments.result)
-    resolved = resolve(config)
+        return _check_on_rank(resolved, arguments.result)
+    return _start_ranks(resolved, arguments)
+
+
+def _check_recipe(config: Config) -> int:
+    from megatron_sgopd.preflight import check_recipe
+
+    findings = check_recipe(config)
+    for finding in findings:
+        print(f"{finding.about:<15}{finding.level:<9}{finding.what}")
+        for label, text in (("why", finding.why), ("do", finding.fix)):
+            if text:
+                print(f"{'':<15}{label:<9}{text}")
+    count = {level: sum(f.level == level for f in findings) for level in ("error", "warning")}
+    told = f"{count['error']} error(s), {count['warning']} warning(s)"
+    print(f"FAILED: {told}" if count["error"] else f"ok: {told}")
+    return int(count["error"] > 0)
+
+
+def _start_ranks(resolved: Config, arguments: argparse.Namespace) -> int:
     from megatron_sgopd.launch import run_ranks
 
     # Replicas differ in their data alone: two of them show what any number would.

@@ -240,7 +240,7 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _load(name: str) -> Check:
+def load_verifier(name: str) -> Check:
     """The verifier called `name`, imported. Raises ValueError that names it."""
     if name == "math_verify":
         _warm_up()
@@ -297,7 +297,7 @@ def main() -> None:
     settings = json.loads(lines[0])
     sys.path[:] = settings["sys_path"]
     try:
-        check = _load(settings["name"])
+        check = load_verifier(settings["name"])
     except ValueError as error:
         client.sendall(b"error " + json.dumps(str(error)).encode() + b"\n")
         return

@@ -19,7 +19,9 @@ def loss_and_gradient(
     student = given.pop("student").requires_grad_()
     tokens = torch.arange(T, device=device) % V
     opened = torch.arange(T, device=device) % 3 == 0
-    lam = torch.where(opened, 1.8, 1.0).to(student.dtype if dtype == torch.float64 else None)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    high, low = torch.tensor([1.8, 1.0], dtype=wide, device=device)
+    lam = torch.where(opened, high, low)
     result = distillation_loss(
         student,
         given["teacher"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,25 @@ def test_completions_follow_seed_stop_ids_and_limit(client: VllmClient) -> None:
     assert cut.token_ids[-1] == stop  # the stop token is part of it
     greedy = replace(request, temperature=0.0)
     assert client.complete(greedy).token_ids == client.complete(greedy).token_ids
+
+
+def test_ids_that_are_never_sampled_enter_no_softmax(client: VllmClient, served: Served) -> None:
+    """As padding rows that not all models of a run have: the rest is normalised without them."""
+    masked = VllmClient(served.url, served.key, never_sampled=range(300, 331))
+    requests = [Request(PROMPT, seed=i, max_new_tokens=16, temperature=1.0) for i in range(16)]
+    with ThreadPoolExecutor(16) as threads:
+        whole, kept = (list(threads.map(c.complete, requests)) for c in (client, masked))
+        sums = []
+        for asked in (client, masked):
+            logprobs = threads.map(lambda i, c=asked: c.next_logprob(PROMPT, i, 1.0), range(300))
+            sums.append(sum(map(math.exp, logprobs)))
+    assert max(max(c.token_ids) for c in whole) >= 300, "they would be sampled"
+    assert max(max(c.token_ids) for c in kept) < 300
+    assert sums[0] < 0.99
+    assert sums[1] == pytest.approx(1.0, abs=1e-5)
+    assert masked.next_logprob(PROMPT, 7, 1.0) == pytest.approx(
+        client.next_logprob(PROMPT, 7, 1.0) - math.log(sums[0]), abs=1e-5
+    )
 
 
 def test_more_seeded_prompts_than_fit_into_a_step_of_the_engine(client: VllmClient) -> None:
