@@ -113,6 +113,13 @@ class VllmClient:
         except httpx2.HTTPError:
             return False
 
+    def is_responding(self, timeout_s: float) -> bool:
+        """Whether the process that computes answers; /health looks no further than the HTTP one."""
+        try:
+            return self._http.get("/is_sleeping", timeout=timeout_s).is_success
+        except httpx2.HTTPError:
+            return False
+
     def describe(self) -> dict[str, Any]:
         """model, model_type, vocab_size, max_model_len, version, world_size, … of the server."""
         return dict(self._call("GET", DESCRIPTION))

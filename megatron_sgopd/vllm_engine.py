@@ -162,7 +162,8 @@ class VllmEngine:
         """Ends a server of ours that hangs: its requests would wait for `request_timeout_s`."""
         seen = time.monotonic()
         while not self._closed.wait(timeout_s / WATCHES):
-            if not remote.alive or remote.client.is_ready():  # dead ones are being started again
+            # Dead ones are being started again.
+            if not remote.alive or remote.client.is_responding(timeout_s):
                 seen = time.monotonic()
             elif time.monotonic() - seen > timeout_s and remote.server is not None:
                 logger.warning(

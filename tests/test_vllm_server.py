@@ -295,7 +295,7 @@ class FakeHungServer:
     def __init__(self, healthy_s: float) -> None:
         self.until, self.stopped = time.monotonic() + healthy_s, threading.Event()
 
-    def is_ready(self) -> bool:
+    def is_responding(self, timeout_s: float) -> bool:
         return time.monotonic() < self.until
 
     def stop(self) -> None:
