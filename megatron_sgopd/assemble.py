@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 
 from megatron_sgopd import sgopd
 from megatron_sgopd.checkpoint import TrainState, list_checkpoints, load_checkpoint
-from megatron_sgopd.config.load import diff, load_config, to_yaml
+from megatron_sgopd.config.load import to_yaml
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.engines import make_engine
 from megatron_sgopd.frozen import Frozen
@@ -38,30 +36,13 @@ from megatron_sgopd.prompts import (
 )
 from megatron_sgopd.roles import Vocabulary, load_reference, load_student, load_teacher
 from megatron_sgopd.rollout import Sampler
+from megatron_sgopd.run_dir import prepare_run_dir
 from megatron_sgopd.student import Student, make_student
 from megatron_sgopd.teacher_pool import TeacherPool
 from megatron_sgopd.types import Engine, Prompt, Rollout
 from megatron_sgopd.verifier import VerifierPool
 from megatron_sgopd.vllm_engine import VllmEngine
 from megatron_sgopd.weight_sync import Guard, push_weights
-
-# What may change between a run and its resumption without making it another run.
-RESUMABLE = (
-    "num_steps",
-    "logging.",
-    "checkpoint.",
-    "evaluation.",
-    "verifier.",
-    "rollout.vllm.",  # where servers are and how they are reached
-    "parallel.distrib",
-    # Another way to the same sums: what somebody changes who ran out of memory.
-    "parallel.micro_batch",
-    "parallel.recompute",
-    "parallel.hidden_states",
-    "model.teacher.offload",
-    "model.reference.offload",
-    "optimizer.offload",
-)
 
 
 @dataclass
@@ -227,7 +208,7 @@ def assemble(config: Config) -> Run:
     groups = initialize(config.parallel, seed=config.seed)
     run_dir = Path(config.logging.run_dir or "")
     checkpoints = list_checkpoints(run_dir)
-    _prepare_run_dir(config, run_dir, groups, resuming=bool(checkpoints))
+    prepare_run_dir(config, run_dir, groups, resuming=bool(checkpoints))
     require_agreement(config, run_dir)
 
     student_dir = resolve_hf_dir(config.model.student.hf_path)
@@ -305,6 +286,8 @@ def assemble(config: Config) -> Run:
         run.jobs.hand_back(of_columns(pending, run.prompts_of(state.step)[0]))
         run.begun = state.step
     if engine is not None:
+        if config.rollout.vllm.colocated and groups.device.type == "cpu":
+            run.say(f"{config.name}: vLLM on CPUs takes the calls to sleep and frees no memory")
         run.push_weights()
     if dropped := len(problems) - len(prompts):
         run.say(
@@ -336,39 +319,14 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _prepare_run_dir(config: Config, run_dir: Path, groups: Groups, *, resuming: bool) -> None:
-    """Writes the resolved recipe; refuses a folder that holds another run."""
-    if groups.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        written = run_dir / "config.yaml"
-        if resuming and written.exists():
-            _check_same_run(config, load_config(written, []), run_dir)
-        (run_dir / "STOP").unlink(missing_ok=True)
-        shutil.rmtree(run_dir / "errors", ignore_errors=True)
-        written.write_text(to_yaml(config), encoding="utf-8")
-    dist.barrier()
-
-
-def _check_same_run(config: Config, before: Config, run_dir: Path) -> None:
-    changed = {
-        key: values
-        for key, values in diff(before, config).items()
-        if not key.startswith(RESUMABLE)
-        and not (key == "distill.gate.eps" and config.distill.gate.eps == "auto")
-    }
-    if changed:
-        listed = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in sorted(changed.items()))
-        raise ValueError(
-            f"{run_dir} holds checkpoints of a run with other settings ({listed}): set them back "
-            "to resume it, or choose another name or logging.run_dir"
-        )
-
-
 def _starting(config: Config, groups: Groups) -> Callable[[str, float], None]:
-    """What a person sees while servers start: a line now and then."""
+    """What a person sees while servers start: a line now and then; and heeds RUN_DIR/STOP."""
     shown: dict[str, float] = {}
+    stop = Path(config.logging.run_dir or "") / "STOP"
 
     def show(url: str, seconds: float) -> None:
+        if stop.exists():
+            raise InterruptedError("stopped on request, while vLLM servers were starting")
         if groups.rank == 0 and seconds - shown.get(url, -10.0) >= 10.0:
             shown[url] = seconds
             print(

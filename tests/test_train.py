@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_sgopd.assemble import _starting
 from megatron_sgopd.config.load import load_config
 from tests import train_cases
 from tests.conftest import SIZES
@@ -321,3 +323,12 @@ def test_a_pool_that_cannot_serve_is_refused(
     settings = overrides(world, tmp_path / "run", f"distill.phases.source={labelled}")
     errors = pool(2).run(train_cases.error_of, "recipes/demo/sg_opd.yaml", settings)
     assert all(re.search(message, error) for error in errors)
+
+
+def test_a_request_to_stop_is_heeded_while_servers_start(tmp_path: Path) -> None:
+    config = load_config("recipes/demo/sg_opd.yaml", [f"logging.run_dir={tmp_path}"])
+    waiting = _starting(config, SimpleNamespace(rank=1))  # type: ignore[arg-type]
+    waiting("http://localhost:1", 0.0)
+    (tmp_path / "STOP").touch()
+    with pytest.raises(InterruptedError, match="stopped on request"):
+        waiting("http://localhost:1", 0.5)
