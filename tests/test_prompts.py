@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as arrow
@@ -204,23 +202,22 @@ def test_a_folder_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["owner/set", "owner/set-v1.5"])
-def test_hub_data_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_sets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    for split, answer in (("test", 0), ("train", 2)):
+        rows = [{"problem": "1+1=", "answer": answer}]
+        parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / f"data/{split}-0.parquet")
     asked: list[tuple[str, str]] = []
 
-    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
-        asked.append((name, split))
-        return [{"problem": "1+1=", "answer": "2"}]
+    def snapshot_download(name: str, repo_type: str, allow_patterns: list[str]) -> str:
+        asked.append((name, repo_type))
+        return str(tmp_path)
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert load(name) == [Problem(f"{name}:1", "1+1=", "2")]
-    assert asked == [(name, "train")]
-    monkeypatch.setitem(
-        sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **k: 1 / 0)
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load(name) == [Problem(f"{name}/data/train-0.parquet:1", "1+1=", "2")]
+    assert asked == [(name, "dataset")]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: 1 / 0)
     with pytest.raises(ValueError, match=r"could not be had from the hub \(ZeroDivisionError"):
-        load(name)
-    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
-    with pytest.raises(ValueError, match="needs the `datasets` package: pip install datasets"):
         load(name)
 
 
