@@ -1,10 +1,11 @@
 """Is a training problem one of a benchmark's? By n-grams of words, then by common subsequence.
 
-The two conditions are those of Qwen2.5's reports: a run of 13 words in common finds the candidates,
-and a candidate counts when the longest common subsequence of words is at least 0.6 of the shorter
-text. Without the second, every problem that ends in "where m and n are relatively prime positive
-integers. Find m + n." would be one of AIME's. Problems too short for an n-gram are found when the
-whole text is the same. A paraphrase or a translation is not found.
+A run of 13 words in common finds the candidates; a candidate counts when the longest common
+subsequence of words is at least 0.6 of the shorter text (both numbers as in Qwen2.5's report,
+arXiv 2412.15115). Without the second, every problem that ends in "where m and n are relatively
+prime positive integers. Find m + n." would be one of AIME's; a short one still may, and costs the
+training set that problem. Problems too short for an n-gram are found when the whole text is the
+same. A paraphrase or a translation is not found.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ stops; a file that cannot be read is an error at once.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -54,7 +55,7 @@ def good_rows(rows: Iterator[tuple[str, Row | BadRow]]) -> Iterator[tuple[str, R
 
 
 def count_rows(file: Path) -> int:
-    """Rows of a Parquet file, or lines of a JSONL file, blank ones too. For progress bars.
+    """Rows of a Parquet file, or lines of a JSONL file that are not blank.
 
     Raises:
         ValueError: no readable Parquet file.
@@ -68,7 +69,7 @@ def count_rows(file: Path) -> int:
         except (pyarrow.ArrowException, OSError) as error:
             raise _no_parquet(file, error) from error
     with file.open("rb") as lines:
-        return sum(1 for _ in lines)
+        return sum(1 for line in lines if line.strip())
 
 
 def _parquet_rows(
@@ -120,18 +121,19 @@ def _python_rows(batch: Any) -> list[Row | UnicodeDecodeError]:
 def _jsonl_rows(file: Path, label: str) -> Iterator[tuple[str, Row | BadRow]]:
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
-            if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            if number == 1 and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise ValueError(
                     f"{file} is UTF-16, UTF-8 is wanted: iconv -f UTF-16 -t UTF-8 {file.name}"
                 )
-            if raw.strip() and raw != b"\xef\xbb\xbf":
+            text = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            if text.strip():
                 where = f"{label}:{number}"
-                yield where, _json_row(raw, where, number)
+                yield where, _json_row(text, where)
 
 
-def _json_row(raw: bytes, where: str, number: int) -> Row | BadRow:
+def _json_row(raw: bytes, where: str) -> Row | BadRow:
     try:
-        row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        row = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRow("not_utf8", where, f"not UTF-8 ({error.reason} at byte {error.start})")
     except json.JSONDecodeError as error:
