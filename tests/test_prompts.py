@@ -93,6 +93,8 @@ GOOD = {"id": "a", "problem": "1+1=", "answer": "2"}
         (b'{"problem": "x", "answer": null}', ["data.jsonl:2", "'answer' is NoneType"]),
         (b'{"problem": "x", "answer": true}', ["data.jsonl:2", "'answer' is bool"]),
         (b'{"problem": ["x"], "answer": "2"}', ["data.jsonl:2", "'problem' is list"]),
+        (b'{"problem": "x", "answer": Infinity}', ["data.jsonl:2", "'answer' is inf"]),
+        (b'{"id": ["a"], "problem": "x", "answer": "2"}', ["data.jsonl:2", "'id' is list"]),
         (b'{"id": "a", "problem": "y", "answer": "2"}', ["data.jsonl:2", "'a'", "data.jsonl:1"]),
         (b'{"problem": "\xff", "answer": "2"}', ["data.jsonl:2", "not UTF-8", "byte 13"]),
         (b'{"problem": "\\ud83d", "answer": "2"}', ["data.jsonl:2", "'problem'", "surrogate"]),
@@ -186,6 +188,43 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     parquet.write_table(arrow.Table.from_pylist([{"problem": "x"}]), tmp_path / "e.parquet")
     with pytest.raises(ValueError, match=r"e\.parquet:1: no field 'answer'"):
         load(tmp_path / "e.parquet")
+
+
+def test_a_parquet_file_damaged_inside_is_named(tmp_path: Path) -> None:
+    rows = [{"problem": f"{i}+1=" + "x" * i, "answer": str(i)} for i in range(500)]
+    file = tmp_path / "d.parquet"
+    parquet.write_table(arrow.Table.from_pylist(rows), file)
+    content = bytearray(file.read_bytes())
+    content[100:1000] = b"\0" * 900
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"d\.parquet is not a readable Parquet file"):
+        load(file)
+
+
+def test_of_parquet_only_the_needed_columns_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"question": "x", "final_answer": "1", "difficulty": 7.0, "r1_solution_1": "long"}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    asked: list[list[str]] = []
+    iter_batches = parquet.ParquetFile.iter_batches
+
+    def spy(self: Any, *, columns: list[str], **options: Any) -> Any:
+        asked.append(columns)
+        return iter_batches(self, columns=columns, **options)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", spy)
+    names = {"problem_field": "question", "answer_field": "final_answer"}
+    assert load(tmp_path / "d.parquet", **names, min_difficulty=6.0)[0].answer == "1"
+    assert asked == [["question", "final_answer", "difficulty"]]
+    with pytest.raises(ValueError, match=r"no field 'problem'; it has .*r1_solution_1"):
+        load(tmp_path / "d.parquet")
+
+
+def test_utf16_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(json.dumps(GOOD).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"d\.jsonl is UTF-16, UTF-8 is wanted: iconv"):
+        load(tmp_path / "d.jsonl")
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "no/such/folder"])
