@@ -25,7 +25,7 @@ from megatron_sgopd.contamination import (
 )
 from megatron_sgopd.problem_text import canonical
 from megatron_sgopd.prompt_sets import SETS, Entry, PromptSet, TooEasy, read_entries
-from megatron_sgopd.rows import BadRow, count_rows, files_of
+from megatron_sgopd.rows import REJECTS, BadRow, count_rows, files_of
 from megatron_sgopd.verifier import Verdict, VerifierPool
 from megatron_sgopd.versions import installed
 
@@ -72,9 +72,10 @@ class Reject:
         if self.rows > 1:
             known["rows"] = self.rows
         if self.entry is not None:
-            problem, answer = self.entry.problem, self.entry.answer
-            known |= {"id": self.entry.id, "problem": problem[:_EXCERPT_CHARS]}
-            known["answer"] = answer[:_EXCERPT_CHARS]
+            # Not named problem and answer, so that nothing takes this file for a data set.
+            known["id"] = self.entry.id
+            known["problem_begins"] = self.entry.problem[:_EXCERPT_CHARS]
+            known["answer_begins"] = self.entry.answer[:_EXCERPT_CHARS]
         return known
 
 
@@ -327,7 +328,7 @@ def outputs(out: Path) -> tuple[Path, Path, Path]:
     """OUT.jsonl, OUT.rejects.jsonl, OUT.manifest.json. Raises ValueError for another ending."""
     if out.suffix != ".jsonl":
         raise ValueError(f"the output is {out}, a name that ends in .jsonl is wanted")
-    return out, out.with_suffix(".rejects.jsonl"), out.with_suffix(".manifest.json")
+    return out, out.with_suffix(REJECTS), out.with_suffix(".manifest.json")
 
 
 def write(prepared: Prepared, job: Job, out: Path, *, overwrite: bool) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 Row = dict[str, Any]
 SUFFIXES = (".parquet", ".jsonl")
+REJECTS = ".rejects.jsonl"  # files that `prepare` leaves beside its output; no data
 _BATCH_ROWS = 256  # Parquet rows in memory at once
 
 
@@ -278,7 +279,7 @@ def _files_in(folder: Path, split: str, given: str) -> list[tuple[str, Path]]:
     found = {
         file.relative_to(folder).as_posix(): file
         for file in folder.rglob("*")
-        if file.suffix in SUFFIXES and file.is_file()
+        if file.suffix in SUFFIXES and file.is_file() and not file.name.endswith(REJECTS)
     }
     labels = sorted(label for label in found if not re.search(r"(^|/)\.", label))
     named = [label for label in labels if re.search(rf"(^|[^a-z]){split}([^a-z]|$)", label)]

@@ -153,11 +153,17 @@ def test_any_set_by_its_fields(
 def test_prepared_files_join_with_their_ids_and_sources(run: Prepare, tmp_path: Path) -> None:
     for name, problem in (("aime24", "P"), ("aime25", "Q")):
         row = ROWS[name][0] | {"problem": problem}
-        assert run(name, write_jsonl(tmp_path / "d.jsonl", [row]), out=f"{name}.jsonl") == 0
+        bad = row | {"problem": "unverified", "answer": "}"}
+        assert run(name, write_jsonl(tmp_path / "d.jsonl", [row, bad]), out=f"{name}.jsonl") == 0
     parts = [tmp_path / "aime24.jsonl", tmp_path / "aime25.jsonl"]
     assert run("prepared", *parts) == 0
     assert kept(tmp_path) == [row for part in parts for row in read_jsonl(part)]
     assert [row["source"] for row in kept(tmp_path)] == ["aime24", "aime25"]
+    (tmp_path / "folder").mkdir()
+    for part in tmp_path.glob("aime2*"):  # with their rejects and manifests
+        part.rename(tmp_path / "folder" / part.name)
+    assert run("prepared", tmp_path / "folder", out="again.jsonl") == 0
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
 # -- what is rejected ------------------------------------------------------------------------------
