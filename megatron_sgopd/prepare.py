@@ -112,11 +112,11 @@ def prepare(job: Job, bar: Bar) -> Prepared:
     total = sum(source["rows"] for source in sources)
     rows = chain.from_iterable(read_entries(job.prompt_set, f, label) for label, f in files)
     ledger = _Ledger(job)
-    for row in bar(rows, "reading", total):
-        ledger.take(row)
-    if not ledger.read:
-        raise ValueError(f"{', '.join(job.paths)} holds no rows")
     with VerifierPool(job.verifier, job.timeout_s, job.num_workers, job.memory_mb) as pool:
+        for row in bar(rows, "reading", total):
+            ledger.take(row)
+        if not ledger.read:
+            raise ValueError(f"{', '.join(job.paths)} holds no rows")
         entries = ledger.distinct(pool)
         entries, hits = _decontaminated(entries, benchmarks, ledger, bar)
         entries = _verified(entries, pool, ledger, bar)
@@ -370,7 +370,9 @@ def write(prepared: Prepared, job: Job, out: Path, *, overwrite: bool) -> str:
         )
     _write_all(contents)
     if not prepared.entries:
-        raise ValueError(f"none of {prepared.read} rows is left: {rejects} says why")
+        first = next(iter(prepared.rejects), None)
+        why = f": {first.where}: {first.detail}; all are in {rejects}" if first else ""
+        raise ValueError(f"none of {prepared.read} rows is left{why}")
     return digest
 
 

@@ -36,11 +36,11 @@ def read_rows(
 ) -> Iterator[tuple[str, Row | BadRow]]:
     """(where it stands, row) of every row; `label` is what the places call the file.
 
-    Of a Parquet file only the columns of `required` and `optional` are read; where one of
-    `required` is missing, all are, so that an error can say what there is.
+    Of a Parquet file only the columns of `required` and `optional` are read.
 
     Raises:
-        ValueError: a file that cannot be read as JSONL or Parquet at all.
+        ValueError: a file that cannot be read as JSONL or Parquet at all, or a Parquet file without
+            a column of `required`.
     """
     if file.suffix == ".parquet":
         return _parquet_rows(file, label, required, optional)
@@ -84,9 +84,14 @@ def _parquet_rows(
         # Batch by batch: the rows of a whole set with long solutions fill gigabytes.
         with parquet.ParquetFile(file) as source:
             names = source.schema_arrow.names
-            needed = {_column(field, names) for field in required}
-            wanted = needed | {_column(field, names) for field in optional}
-            columns = [name for name in names if name in wanted] if None not in needed else names
+            for field in required:
+                if _column(field, names) is None:
+                    raise ValueError(
+                        f"{label}: no column for field {field!r}; it has {', '.join(names)}. Name "
+                        "the one that is meant"
+                    )
+            wanted = {_column(field, names) for field in (*required, *optional)}
+            columns = [name for name in names if name in wanted]
             for batch in source.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                 for row in _python_rows(batch):
                     number += 1

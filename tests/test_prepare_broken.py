@@ -128,6 +128,7 @@ def test_files_that_cannot_be_read_stop_the_work(
 ) -> None:
     rows = [deepmath(f"Find ${i}$: {'abc' * i}", str(i)) for i in range(500)]
     whole = write_parquet(tmp_path / "whole.parquet", "deepmath", rows).read_bytes()
+    other = write_parquet(tmp_path / "o.parquet", "aime25", []).read_bytes()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("x")
     damaged = bytearray(whole)
@@ -136,6 +137,7 @@ def test_files_that_cannot_be_read_stop_the_work(
         "short.parquet": (whole[:-100], "not a readable Parquet file"),
         "nothing.parquet": (b"", "not a readable Parquet file"),
         "damaged.parquet": (bytes(damaged), "not a readable Parquet file"),
+        "other.parquet": (other, "no column for field 'question'; it has problem_idx, problem"),
         "empty.jsonl": (b"", "holds no rows"),
         "blank.jsonl": (b"\xef\xbb\xbf\n\r\n", "holds no rows"),
         "utf16.jsonl": (json.dumps(GOOD).encode("utf-16"), "is UTF-16, UTF-8 is wanted"),
@@ -317,6 +319,7 @@ def test_where_nothing_is_left_the_rejects_say_why(
     source = write_jsonl(tmp_path / "d.jsonl", [{"question": "x", "answer": 1}] * 3)
     assert run("aime24", source) == 2
     error = capsys.readouterr().err
-    assert "none of 3 rows is left" in error and "out.rejects.jsonl" in error
+    assert "none of 3 rows is left: d.jsonl:1: no field 'problem'; it has answer, que" in error
+    assert "out.rejects.jsonl" in error
     assert not (tmp_path / "out.jsonl").exists()
     assert {reason for _, reason in rejects(tmp_path)} == {"missing_field"}

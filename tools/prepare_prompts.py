@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _difficulty(text: str) -> float:
     value = -math.inf if text == "none" else float(text)
     if math.isnan(value):
-        raise ValueError("no number")
+        raise argparse.ArgumentTypeError("a number or 'none' is wanted")
     return value
 
 
