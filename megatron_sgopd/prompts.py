@@ -15,6 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.config.schema import DataConfig
+from megatron_sgopd.rows import (
+    Row,
+    good_rows,
+    hub_files,
+    id_field,
+    is_hub_name,
+    number_field,
+    read_rows,
+    text_field,
+)
 from megatron_sgopd.types import Prompt
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -45,21 +55,22 @@ def load_problems(
     """
     problems: list[Problem] = []
     ids: dict[str, str] = {}
-    for where, row in _rows(path):
+    required = (problem_field, answer_field, *([solution_field] if solution_field else []))
+    for where, row in _rows(path, required, ("id", "difficulty")):
         if min_difficulty is not None:
-            difficulty = row.get("difficulty")
-            if not isinstance(difficulty, int | float):
+            hint = "; leave out data.min_difficulty if the set has none"
+            difficulty = number_field(row, "difficulty", where, hint)
+            if difficulty is None:
                 raise ValueError(
-                    f"{where}: field 'difficulty' is {difficulty!r}, a number is wanted; leave out "
-                    "data.min_difficulty if the set has none"
+                    f"{where}: field 'difficulty' is missing or null, a number is wanted{hint}"
                 )
             if difficulty < min_difficulty:
                 continue
         problem = Problem(
-            id=where if row.get("id") is None else str(row["id"]),
-            problem=_text(row, problem_field, where, "data.problem_field"),
-            answer=_text(row, answer_field, where, "data.answer_field"),
-            solution=_text(row, solution_field, where, "data.solution_field")
+            id=id_field(row, "id", where) or where,
+            problem=text_field(row, problem_field, where, "data.problem_field"),
+            answer=text_field(row, answer_field, where, "data.answer_field"),
+            solution=text_field(row, solution_field, where, "data.solution_field")
             if solution_field
             else None,
         )
@@ -75,98 +86,21 @@ def load_problems(
     return problems
 
 
-def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(
+    path: str, required: tuple[str, ...], optional: tuple[str, ...]
+) -> Iterator[tuple[str, Row]]:
     """(where it stands, row) of every row."""
-    file = Path(path)
-    if file.suffix == ".parquet" and file.is_file():
-        import pyarrow
-        import pyarrow.parquet as parquet
-
-        number = 0
-        try:
-            # Batch by batch: the rows of a whole set with long solutions fill gigabytes.
-            with parquet.ParquetFile(file) as source:
-                for batch in source.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{file.name}:{number}", row
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{file} is not a readable Parquet file: {error}") from error
-    elif file.is_file():
-        yield from jsonl_rows(file)
-    elif (
-        path.count("/") == 1
-        and not path.startswith((".", "/"))
-        and file.suffix not in (".jsonl", ".json", ".parquet")
-        and not file.exists()
-    ):
-        yield from _hub_rows(path)
+    if is_hub_name(path):
+        files = hub_files(path, "train")
+    elif Path(path).is_file():
+        files = [(Path(path).name, Path(path))]
     else:
         raise ValueError(
-            f"{path} {'is no file' if file.exists() else 'does not exist'}: give a .jsonl or "
+            f"{path} {'is no file' if Path(path).exists() else 'does not exist'}: give a .jsonl or "
             ".parquet file, or a hub data set OWNER/NAME"
         )
-
-
-def jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            where = f"{file.name}:{number}"
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{where}: not UTF-8 ({error.reason} at byte {error.start})"
-                ) from error
-            if not text:
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno})"
-                ) from error
-            except (ValueError, RecursionError) as error:  # a number or nesting without measure
-                raise ValueError(f"{where}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a JSON object is wanted, got {type(row).__name__}")
-            yield where, row
-
-
-def _hub_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"{name} is no local file, and reading it from the hub needs the `datasets` package: "
-            "pip install datasets, or download it and give the file"
-        ) from error
-    try:
-        table = datasets.load_dataset(name, split="train")
-    except Exception as error:
-        raise ValueError(
-            f"{name} is no local file and could not be had from the hub ({type(error).__name__}: "
-            f"{error}): download it and give the file"
-        ) from error
-    for i, row in enumerate(table):
-        yield f"{name}:{i + 1}", row
-
-
-def _text(row: dict[str, Any], field: str, where: str, key: str) -> str:
-    if field not in row:
-        raise ValueError(
-            f"{where}: no field {field!r}; it has {', '.join(sorted(row))}. Set {key} to one of "
-            "them"
-        )
-    value = row[field]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: field {field!r} is {type(value).__name__}, text is wanted")
-    text = str(value)
-    if not text.strip():
-        raise ValueError(f"{where}: field {field!r} is empty")
-    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell it, no tokenizer takes it
-        raise ValueError(f"{where}: field {field!r} has half a surrogate pair, no Unicode text")
-    return text
+    for label, file in files:
+        yield from good_rows(read_rows(file, label, required, optional))
 
 
 # -- rendering -------------------------------------------------------------------------------------

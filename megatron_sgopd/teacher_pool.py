@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sgopd.prompts import jsonl_rows
+from megatron_sgopd.rows import good_rows, read_rows
 from megatron_sgopd.types import Completion, Prompt, Request, WeightStream
 
 
@@ -37,7 +37,8 @@ class TeacherPool:
                 "tools/label_rollouts.py has labelled"
             )
         by_problem: dict[str, list[tuple[int, ...] | None]] = {}
-        for where, row in jsonl_rows(file):
+        fields = (field, "completion", "is_correct")
+        for where, row in good_rows(read_rows(file, file.name, fields)):
             for key, kind in ((field, str), ("completion", str), ("is_correct", bool)):
                 if not isinstance(row.get(key), kind):
                     raise ValueError(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as arrow
@@ -95,6 +93,8 @@ GOOD = {"id": "a", "problem": "1+1=", "answer": "2"}
         (b'{"problem": "x", "answer": null}', ["data.jsonl:2", "'answer' is NoneType"]),
         (b'{"problem": "x", "answer": true}', ["data.jsonl:2", "'answer' is bool"]),
         (b'{"problem": ["x"], "answer": "2"}', ["data.jsonl:2", "'problem' is list"]),
+        (b'{"problem": "x", "answer": Infinity}', ["data.jsonl:2", "'answer' is inf"]),
+        (b'{"id": ["a"], "problem": "x", "answer": "2"}', ["data.jsonl:2", "'id' is list"]),
         (b'{"id": "a", "problem": "y", "answer": "2"}', ["data.jsonl:2", "'a'", "data.jsonl:1"]),
         (b'{"problem": "\xff", "answer": "2"}', ["data.jsonl:2", "not UTF-8", "byte 13"]),
         (b'{"problem": "\\ud83d", "answer": "2"}', ["data.jsonl:2", "'problem'", "surrogate"]),
@@ -186,8 +186,45 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"d\.parquet.*not a readable Parquet file"):
         load(tmp_path / "d.parquet")
     parquet.write_table(arrow.Table.from_pylist([{"problem": "x"}]), tmp_path / "e.parquet")
-    with pytest.raises(ValueError, match=r"e\.parquet:1: no field 'answer'"):
+    with pytest.raises(ValueError, match=r"e\.parquet: no column for field 'answer'; it has"):
         load(tmp_path / "e.parquet")
+
+
+def test_a_parquet_file_damaged_inside_is_named(tmp_path: Path) -> None:
+    rows = [{"problem": f"{i}+1=" + "x" * i, "answer": str(i)} for i in range(500)]
+    file = tmp_path / "d.parquet"
+    parquet.write_table(arrow.Table.from_pylist(rows), file)
+    content = bytearray(file.read_bytes())
+    content[100:1000] = b"\0" * 900
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"d\.parquet is not a readable Parquet file"):
+        load(file)
+
+
+def test_of_parquet_only_the_needed_columns_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"question": "x", "final_answer": "1", "difficulty": 7.0, "r1_solution_1": "long"}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    asked: list[list[str]] = []
+    iter_batches = parquet.ParquetFile.iter_batches
+
+    def spy(self: Any, *, columns: list[str], **options: Any) -> Any:
+        asked.append(columns)
+        return iter_batches(self, columns=columns, **options)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", spy)
+    names = {"problem_field": "question", "answer_field": "final_answer"}
+    assert load(tmp_path / "d.parquet", **names, min_difficulty=6.0)[0].answer == "1"
+    assert asked == [["question", "final_answer", "difficulty"]]
+    with pytest.raises(ValueError, match=r"no column for field 'problem'; it has .*r1_solution_1"):
+        load(tmp_path / "d.parquet")
+
+
+def test_utf16_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(json.dumps(GOOD).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"d\.jsonl is UTF-16, UTF-8 is wanted: iconv"):
+        load(tmp_path / "d.jsonl")
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "no/such/folder"])
@@ -204,23 +241,22 @@ def test_a_folder_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["owner/set", "owner/set-v1.5"])
-def test_hub_data_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_sets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    for split, answer in (("test", 0), ("train", 2)):
+        rows = [{"problem": "1+1=", "answer": answer}]
+        parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / f"data/{split}-0.parquet")
     asked: list[tuple[str, str]] = []
 
-    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
-        asked.append((name, split))
-        return [{"problem": "1+1=", "answer": "2"}]
+    def snapshot_download(name: str, repo_type: str, allow_patterns: list[str]) -> str:
+        asked.append((name, repo_type))
+        return str(tmp_path)
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert load(name) == [Problem(f"{name}:1", "1+1=", "2")]
-    assert asked == [(name, "train")]
-    monkeypatch.setitem(
-        sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **k: 1 / 0)
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load(name) == [Problem(f"{name}/data/train-0.parquet:1", "1+1=", "2")]
+    assert asked == [(name, "dataset")]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: 1 / 0)
     with pytest.raises(ValueError, match=r"could not be had from the hub \(ZeroDivisionError"):
-        load(name)
-    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
-    with pytest.raises(ValueError, match="needs the `datasets` package: pip install datasets"):
         load(name)
 
 
