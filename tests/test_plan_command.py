@@ -1,4 +1,4 @@
-"""`sgopd plan` on the command line: exit codes, JSON, mistakes in one line, no torch."""
+"""`sgopd plan` on the command line: exit codes, JSON, mistakes in one line; who gets which GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sgopd.plan.report import as_json
+from megatron_sgopd.plan.job import Cluster
+from megatron_sgopd.plan.report import as_json, lines
 from tests.test_plan import EIGHT, OWN, RECIPE, ROOT, plan_of
 
 PROBE = (
@@ -132,3 +133,42 @@ def test_a_mistake_is_one_line_and_exit_code_2(name: str) -> None:
     assert done.stderr.startswith("sgopd: ")
     assert done.stderr.count("\n") == 1
     assert words in done.stderr
+
+
+# -- who gets which GPUs ---------------------------------------------------------------------------
+
+
+def test_engines_on_nodes_of_their_own() -> None:
+    plan = plan_of(
+        *OWN, "rollout.vllm.nodes=2", "rollout.vllm.num_engines=8", cluster=Cluster(4, 8)
+    )
+    job = plan.job
+    assert (job.trainer_gpus, job.engine_gpus, job.idle_gpus) == (16, 16, 0)
+    assert plan.engines[0].num_engines == 8
+    assert not any(name.startswith("vllm") for name in plan.fullest.items("generate"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engines"),
+    [
+        (["rollout.vllm.urls=['http://a:1','http://b:1']"], 2 * 2 + 2),  # and one of the teacher
+        (["rollout.vllm.devices=['0,1','2,3','4,5','6,7']"], 8),
+        (["rollout.vllm.num_engines=2", "distill.phases.enabled=false"], 4),
+    ],
+)
+def test_gpus_of_engines_are_not_the_trainers(overrides: list[str], engines: int) -> None:
+    overrides = [*overrides, "rollout.num_prompts=60"]
+    job = plan_of(*OWN, *overrides, cluster=Cluster(2, 8)).job
+    assert job.engine_gpus + job.teacher_engine_gpus == engines
+    assert job.trainer_gpus == 16 - engines
+
+
+def test_engine_nodes_that_are_not_full_leave_gpus_idle() -> None:
+    job = plan_of(*OWN, "rollout.vllm.nodes=2", cluster=Cluster(4, 8)).job
+    assert (job.trainer_gpus, job.engine_gpus, job.idle_gpus) == (16, 8, 8)
+
+
+def test_idle_gpus_are_told() -> None:
+    plan = plan_of(cluster=Cluster(2, 8))
+    assert plan.job.idle_gpus == 8
+    assert any("8 of 16 GPUs stay idle" in line for line in lines(plan))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_sgopd.config.checks import check
 from megatron_sgopd.config.schema import Config
@@ -100,8 +100,15 @@ def _plan(
     models: dict[str, Architecture],
 ) -> Plan:
     assumed = assumptions_of(config, given)
-    job = make_job(config, cluster, models)
-    ranks = memory_of(job, models, gpu)
+    loaded = _as_loaded(models)
+    job = make_job(config, cluster, loaded)
+    ranks = memory_of(job, loaded, gpu)
     engines = engine_plans(job, models, gpu)
-    duration = duration_of(job, models, gpu, assumed, ranks, engines)
+    duration = duration_of(job, loaded, gpu, assumed, ranks, engines)
     return Plan(job, models, gpu, assumed, ranks, engines, duration)
+
+
+def _as_loaded(models: dict[str, Architecture]) -> dict[str, Architecture]:
+    """The trainer gives a frozen model as many vocabulary rows as the student has."""
+    rows = models["student"].vocab
+    return {role: replace(model, vocab=rows) for role, model in models.items()}
