@@ -19,6 +19,8 @@ from megatron_sgopd.plan.memory import RankMemory
 from megatron_sgopd.plan.planner import Plan
 from megatron_sgopd.plan.remedies import Changes
 
+RESERVE = ("context", "fragmentation")  # the last rows of the table
+
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Everything the text says, and more."""
@@ -140,7 +142,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     ]
     yield "memory, GiB" + " " * 9 + "".join(f"{f'stage {r.stage}':>14}" for r in stages)
     held = [rank.items(rank.peak_phase) for rank in stages]
-    names = list(dict.fromkeys(name for items in held for name in items))
+    names = list(dict.fromkeys(name for items in held for name in items if name not in RESERVE))
+    names += RESERVE
     for name in names:
         row = [items.get(name, 0) for items in held]
         if any(row):
