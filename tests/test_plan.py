@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,12 @@ def test_micro_batches_in_flight_worked_by_hand() -> None:
     assert list(in_flight(interleaved, 1, 8)) == [0, 0, 1]
 
 
+def test_layers_that_cannot_be_shared_out_go_to_the_middle() -> None:
+    ten = replace(KNOWN["Qwen/Qwen3-8B"], num_layers=10)
+    assert ModelLayout(1, 4).chunk_layers(ten) == [[2], [3], [3], [2]]
+    assert ModelLayout(1, 2, vpp=2).chunk_layers(ten) == [[2, 3], [3, 2]]
+
+
 def test_the_largest_micro_batch() -> None:
     parallel = load_config(RECIPE).parallel
     assert largest_shape(parallel, 8000) == Shape(1, 18432, (8000, 8000, 2432))
@@ -279,6 +286,11 @@ TIGHT: dict[str, tuple[tuple[str, ...], Cluster, str]] = {
     ),
     "embedded": (("rollout.engine=embedded",), EIGHT, "h100"),
     "a mixture": (MIXTURE, Cluster(64, 8), "h100"),
+    "what hardly helps at first": (
+        (*LARGE, "rollout.engine=embedded", "distill.phases.enabled=false"),
+        Cluster(8, 8),
+        "a100-40",
+    ),
 }
 
 
