@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from megatron_sgopd.config.layout import padded_vocab_size
 from megatron_sgopd.hidden_states import HiddenStates, StoredStates
 from megatron_sgopd.loss import Objective
 from megatron_sgopd.model import ShardedModel, forward
@@ -209,8 +210,7 @@ class Frozen:
             place = (mine.tp_rank, dist.get_rank())
         places: list[tuple[int, int] | None] = [None] * student.replica_group.size()
         dist.all_gather_object(places, place, group=student.replica_group)
-        width = student.config.make_vocab_size_divisible_by * student.tp_size
-        each = -(-self.model.true_vocab_size // width) * width // student.tp_size
+        each = _padded_rows(self.model, student)
         first = student.tp_rank * each
         head = torch.zeros(
             each, self.model.hf_config.hidden_size, dtype=self.model.dtype, device=student.device
@@ -226,8 +226,7 @@ class Frozen:
     def _head_shard(self, source: int, student: Groups) -> Tensor:
         """One tensor parallel rank's rows of the model's head, on all ranks of the replica."""
         mine = self.model.groups
-        multiple = mine.config.make_vocab_size_divisible_by * mine.tp_size
-        rows = -(-self.model.true_vocab_size // multiple) * multiple // mine.tp_size
+        rows = _padded_rows(self.model, mine)
         if dist.get_rank() == source:
             shard = self.model.last_chunk.lm_head_weight().detach().contiguous()
         else:
@@ -236,6 +235,12 @@ class Frozen:
             )
         dist.broadcast(shard, src=source, group=student.replica_group)
         return shard
+
+
+def _padded_rows(model: ShardedModel, groups: Groups) -> int:
+    """Vocabulary rows of one tensor parallel rank under the groups' layout, padding included."""
+    divisible_by, size = groups.config.make_vocab_size_divisible_by, groups.tp_size
+    return padded_vocab_size(model.true_vocab_size, divisible_by, size) // size
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_sgopd.config.layout import padded_vocab_size, recompute_problem, split_layers
 from megatron_sgopd.config.schema import ParallelConfig
 from megatron_sgopd.families import family_of, head_dim
 from megatron_sgopd.layer_spec import block_spec
@@ -119,15 +120,18 @@ def build_model(
     _check_divisible(hf_config, groups)
     stages = groups.pp_size * (groups.config.virtual_pipeline_model_parallel_size or 1)
     per_stage = split_layers(hf_config.num_hidden_layers, stages)
+    if trainable and (problem := recompute_problem(groups.config, hf_config.num_hidden_layers)):
+        raise ValueError(problem)
     chunks = []
     for virtual in range(stages // groups.pp_size):
         stage = virtual * groups.pp_size + groups.pp_rank
         config = transformer_config(hf_config, groups, dtype, trainable=trainable)
-        multiple = groups.config.make_vocab_size_divisible_by * groups.tp_size
         chunk = DistillationGPTModel(
             config,
             block_spec(per_stage[stage], transformer_impl, qk_norm=family.qk_norm),
-            vocab_size=-(-hf_config.vocab_size // multiple) * multiple,
+            vocab_size=padded_vocab_size(
+                hf_config.vocab_size, groups.config.make_vocab_size_divisible_by, groups.tp_size
+            ),
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=stage == 0,
             post_process=stage == stages - 1,
@@ -151,23 +155,6 @@ def build_model(
     return ShardedModel(
         tuple(chunks), groups, hf_config, shared_vocab_size or int(hf_config.vocab_size)
     )
-
-
-def split_layers(num_layers: int, stages: int) -> list[int]:
-    """Layers of each pipeline stage; a remainder goes to the middle, which has no vocabulary.
-
-    Raises:
-        ValueError: fewer layers than stages.
-    """
-    if num_layers < stages:
-        raise ValueError(
-            f"config.json has num_hidden_layers {num_layers}, fewer than the {stages} pipeline "
-            "stages (pipeline_model_parallel_size x virtual_pipeline_model_parallel_size): "
-            "lower them"
-        )
-    base, rest = divmod(num_layers, stages)
-    middle_first = [*range(1, stages - 1), 0, stages - 1]
-    return [base + (stage in middle_first[:rest]) for stage in range(stages)]
 
 
 def forward(chunk: torch.nn.Module, batch: MicroBatch) -> Tensor:

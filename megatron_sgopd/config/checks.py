@@ -9,7 +9,12 @@ from dataclasses import replace
 
 from megatron_sgopd.config.engines import engine_problems, resolve_engine
 from megatron_sgopd.config.errors import ConfigError
-from megatron_sgopd.config.layout import check_models, layout_problems, replica_size
+from megatron_sgopd.config.layout import (
+    check_models,
+    layout_problems,
+    machine_problems,
+    replica_size,
+)
 from megatron_sgopd.config.load import flatten
 from megatron_sgopd.config.schema import Config
 
@@ -64,6 +69,7 @@ NOT_NEGATIVE = (
     "distill.phases.ce_weight",
     "distill.gate.beta",
     "parallel.hidden_states_budget_mb",
+    "rollout.vllm.nodes",
 )
 ABOVE_ZERO = (
     "optimizer.lr",
@@ -80,14 +86,19 @@ ABOVE_ZERO = (
 )
 
 
-def check(config: Config) -> None:
-    """Raises ConfigError on the first thing that cannot be, naming keys, values and the remedy."""
+def check(config: Config, *, here: bool = True) -> None:
+    """Raises ConfigError on the first thing that cannot be, naming keys, values and the remedy.
+
+    `here`: this is the machine that is to run it.
+    """
     for problem in problems(config):
+        raise ConfigError(problem)
+    for problem in machine_problems(config) if here else ():
         raise ConfigError(problem)
 
 
 def problems(config: Config) -> Iterator[str]:
-    """Everything wrong with a config, one message each."""
+    """Everything wrong with a config, one message each, whatever the machine."""
     yield from _ranges(config)
     yield from _sampling(config)
     yield from _method(config)
@@ -98,13 +109,15 @@ def problems(config: Config) -> Iterator[str]:
     yield from layout_problems(config)
 
 
-def resolve(config: Config, world_size: int | None = None) -> Config:
+def resolve(config: Config, world_size: int | None = None, *, here: bool = True) -> Config:
     """Checks the config and fills what is derived. `world_size`: the job's, where it is known.
+
+    `here`: this is the machine that is to run it.
 
     Raises:
         ConfigError: see `check`; a world size or a model's heads that the layout cannot take.
     """
-    check(config)
+    check(config, here=here)
     parallel, rollout = config.parallel, config.rollout
     replica = replica_size(parallel)
     dp = parallel.data_parallel_size or max(1, (world_size or replica) // replica)
@@ -136,6 +149,19 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
         ),
         logging=replace(config.logging, run_dir=config.logging.run_dir or f"runs/{config.name}"),
     )
+
+
+def needs_teacher(config: Config) -> bool:
+    return config.distill.method not in NO_TEACHER
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether the method extrapolates, or its gate reads the reference."""
+    distill, gate = config.distill, config.distill.gate
+    if distill.method == "exopd":
+        return distill.lambda_uniform != 1.0
+    extrapolates = gate.lambda_high != 1.0 or gate.lambda_low != 1.0
+    return distill.method == "sg_opd" and (extrapolates or gate.teacher_signal == "t_minus_r")
 
 
 def _ranges(config: Config) -> Iterator[str]:

@@ -28,6 +28,45 @@ def replica_size(parallel: ParallelConfig) -> int:
     )
 
 
+def split_layers(num_layers: int, stages: int) -> list[int]:
+    """Layers of each pipeline stage; a remainder goes to the middle, which has no vocabulary.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if num_layers < stages:
+        raise ValueError(
+            f"config.json has num_hidden_layers {num_layers}, fewer than the {stages} pipeline "
+            "stages (pipeline_model_parallel_size x virtual_pipeline_model_parallel_size): "
+            "lower them"
+        )
+    base, rest = divmod(num_layers, stages)
+    middle_first = [*range(1, stages - 1), 0, stages - 1]
+    return [base + (stage in middle_first[:rest]) for stage in range(stages)]
+
+
+def recompute_problem(parallel: ParallelConfig, num_layers: int) -> str | None:
+    """Megatron fails in the first forward pass where the last checkpoint would lack layers."""
+    if (parallel.recompute_granularity, parallel.recompute_method) != ("full", "uniform"):
+        return None
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    each = parallel.recompute_num_layers
+    for layers in split_layers(num_layers, parallel.pipeline_model_parallel_size * virtual):
+        if layers % each:
+            return (
+                f"parallel.recompute_num_layers is {each}, which does not divide the {layers} "
+                "layers of a pipeline stage's chunk as recompute_method 'uniform' needs: use a "
+                "divisor, or recompute_method 'block'"
+            )
+    return None
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Vocabulary rows over all tensor parallel ranks: a multiple of `divisible_by` for each."""
+    multiple = divisible_by * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
 def layout_problems(config: Config) -> Iterator[str]:
     """Everything wrong with `parallel`, and with the layouts of frozen models, one message each."""
     yield from _pipeline(config.parallel)
@@ -41,6 +80,10 @@ def layout_problems(config: Config) -> Iterator[str]:
             "parallel.sequence_parallel is true with tensor_model_parallel_size 1, which has no "
             "ranks to share the sequence among: set it to false, or use tensor parallelism"
         )
+
+
+def machine_problems(config: Config) -> Iterator[str]:
+    """What the recipe asks for and this machine does not have."""
     impl = config.model.transformer_impl
     if impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         yield (

@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -90,9 +90,7 @@ def to_yaml(config: Config) -> str:
 
 def flatten(config: Config) -> dict[str, Any]:
     """{dotted key: value} of every field."""
-    tree = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(tree, dict), "a config is a mapping"
-    return dict(_leaves(tree))
+    return dict(_leaves(asdict(config)))
 
 
 def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

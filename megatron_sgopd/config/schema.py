@@ -125,7 +125,8 @@ class TeacherServersConfig:
 class VllmConfig:
     """vLLM servers of the student (docs/vllm.md); the trainer starts them, or uses those given."""
 
-    num_engines: int = 1  # servers that the trainer starts, over all replicas
+    num_engines: int = 1  # servers that are started, over all replicas
+    nodes: int = 0  # of a Slurm job, set apart for servers (slurm/README.md); 0: the trainer's own
     urls: list[str] | None = None  # servers that are there already; then none is started
     tensor_parallel_size: int = 1  # ranks of one server; may differ from the trainer's
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: model.dtype

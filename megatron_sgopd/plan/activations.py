@@ -1,0 +1,182 @@
+"""Bytes that a forward pass keeps for backward, and what the loss needs beside them.
+
+Counted from the modules that run: Megatron's layer with our own norm and attention, unfused SwiGLU
+and rotary embedding, the vocabulary-parallel loss. tests/test_plan_memory.py compares each count
+with the tensors that autograd really saves. Transformer Engine's fused layer keeps no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_sgopd.config.schema import ParallelConfig
+from megatron_sgopd.plan.architecture import Architecture, ModelLayout
+
+# fp32 buffers of chunk_tokens x V rows that the loss holds at its peak, beside the gradient:
+# measured by the same tests.
+CHUNK_BUFFERS = {"sampled": 5.0, "full_vocab": 8.5}
+SCORING_BUFFERS = 4.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch: R rows of L columns, or R = 1 with packed sequences."""
+
+    rows: int
+    columns: int  # of the whole micro-batch, all context parallel ranks
+    sequences: tuple[int, ...]  # lengths; one where it is padded
+
+    @property
+    def is_packed(self) -> bool:
+        return len(self.sequences) > 1
+
+    def tokens(self, layout: ModelLayout) -> int:
+        """On one context parallel rank."""
+        return self.rows * -(-self.columns // layout.cp)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """`fused_norms`: torch's RMSNorm on CUDA keeps its input; on CPUs fp32 intermediates too."""
+
+    element_bytes: int
+    fused_norms: bool = True
+
+
+def largest_shape(parallel: ParallelConfig, longest: int) -> Shape:
+    """The largest micro-batch there can be."""
+    budget = parallel.micro_batch_tokens
+    if budget is None:
+        return Shape(parallel.micro_batch_size, longest, (longest,))
+    whole = max(1, budget // longest)
+    rest = (budget - whole * longest,) if budget > whole * longest else ()
+    return Shape(1, budget, (*[longest] * whole, *rest))
+
+
+def layer_bytes(
+    model: Architecture,
+    layout: ModelLayout,
+    shape: Shape,
+    kind: Arithmetic,
+    recomputed: Sequence[str] = (),
+) -> int:
+    """Kept of one layer; `recomputed` are the modules of selective recomputation."""
+    b, tokens = kind.element_bytes, shape.tokens(layout)
+    shard = tokens // layout.sequence_shards * model.hidden  # elements of the residual stream
+    ffn = tokens * model.ffn // layout.tp
+    norms = 2 * _norm_bytes(shard, tokens // layout.sequence_shards, kind)
+    inputs = 2 * shard * b  # of the two column-parallel products
+    if "layernorm" in recomputed:
+        inputs = 0
+    kept = norms + inputs + attention_bytes(model, layout, shape, kind, "core_attn" in recomputed)
+    # gate and up, silu(gate), up + 0, their product
+    return kept + (0 if "mlp" in recomputed else 5 * ffn * b)
+
+
+def _norm_bytes(elements: int, rows: int, kind: Arithmetic) -> int:
+    return elements * (kind.element_bytes if kind.fused_norms else 8) + 4 * rows
+
+
+def attention_bytes(
+    model: Architecture, layout: ModelLayout, shape: Shape, kind: Arithmetic, recomputed: bool
+) -> int:
+    """Queries, keys, values, rotary tables, the kernel's output and statistics."""
+    b, tokens, cp = kind.element_bytes, shape.tokens(layout), layout.cp
+    heads, groups = model.heads // layout.tp, model.kv_heads // layout.tp
+    q, k = tokens * heads * model.head_dim, tokens * groups * model.head_dim
+    in_fp32 = 0 if kind.fused_norms or b == 4 else 4  # the cast that CPUs keep
+    kept = 0
+    if model.family.qk_norm:
+        kept += _norm_bytes(q, tokens * heads, kind) + 4 * tokens * groups
+        kept += 0 if kind.fused_norms else k * (4 + in_fp32)
+        # Queries of one group are a view of the product, those of several a copy.
+        kept -= q * b if groups == 1 and not in_fp32 else 0
+    # What the product of queries, keys and values gave lives on in its views: the values, and the
+    # keys where their norm keeps its input.
+    if cp == 1 or recomputed or (model.family.qk_norm and not in_fp32):
+        kept += (q + 2 * k) * b
+    positions = -(-shape.columns // cp)
+    kept += 4 * positions * model.head_dim * b  # cos and sin, for queries and for keys
+    kept += 2 * q * b  # queries, output
+    if cp == 1 or recomputed:
+        kept += k * b
+    if recomputed:
+        return kept
+    kept += 4 * tokens * heads  # the softmax's statistics
+    if cp > 1:
+        kept += 2 * cp * k * b + sum(_mask_elements(length, cp) for length in shape.sequences) * b
+    if shape.is_packed or cp > 1:
+        kept += q * b  # the pieces' outputs beside the whole
+    return kept
+
+
+def _mask_elements(length: int, cp: int) -> int:
+    """Of the rank with the largest masks: n queries against 2 and 2 CP - 1 chunks of n keys."""
+    n = -(-length // (2 * cp))
+    return n * n * (2 * cp + 1)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Of one micro-batch in one model chunk."""
+
+    saved: int
+    recomputed: int  # what a repeated forward pass of some layers keeps, for a while
+
+
+def chunk_bytes(
+    model: Architecture,
+    layout: ModelLayout,
+    shape: Shape,
+    kind: Arithmetic,
+    parallel: ParallelConfig,
+    layers: int,
+) -> Kept:
+    """Of `layers` layers under the recipe's recomputation, without the ends of the model."""
+    if parallel.recompute_granularity != "full":
+        selective = parallel.recompute_granularity == "selective"
+        modules = (parallel.recompute_modules or ["core_attn"]) if selective else []
+        return Kept(layers * layer_bytes(model, layout, shape, kind, modules), 0)
+    whole = layer_bytes(model, layout, shape, kind)
+    b = kind.element_bytes
+    checkpoint = shape.tokens(layout) // layout.sequence_shards * model.hidden * b
+    tables = 4 * -(-shape.columns // layout.cp) * model.head_dim  # fp32 angles, for all layers
+    n = min(parallel.recompute_num_layers, layers)
+    if parallel.recompute_method == "uniform":
+        return Kept(-(-layers // n) * checkpoint + tables, n * whole)
+    return Kept(n * checkpoint + (layers - n) * whole + tables, whole)
+
+
+def end_bytes(model: Architecture, layout: ModelLayout, shape: Shape, kind: Arithmetic) -> int:
+    """Kept of final norm and output layer, their logits aside."""
+    rows = shape.tokens(layout) // layout.sequence_shards
+    return _norm_bytes(rows * model.hidden, rows, kind) + rows * model.hidden * kind.element_bytes
+
+
+def working_bytes(model: Architecture, layout: ModelLayout, shape: Shape, b: int) -> int:
+    """Passing gradients of one layer: of the residual stream and of the feed-forward part."""
+    tokens, shards = shape.tokens(layout), layout.sequence_shards
+    whole = tokens * model.hidden * (2 if shards > 1 else 1)  # gathered over TP
+    return (2 * tokens // shards * model.hidden + whole + 4 * tokens * model.ffn // layout.tp) * b
+
+
+def forward_bytes(model: Architecture, layout: ModelLayout, shape: Shape, kind: Arithmetic) -> int:
+    """The widest moment of a forward pass that keeps nothing: in attention or in feed-forward."""
+    b, tokens, shards = kind.element_bytes, shape.tokens(layout), layout.sequence_shards
+    stream = 2 * tokens // shards * model.hidden + (tokens * model.hidden if shards > 1 else 0)
+    experts = max(1, model.experts_per_token)
+    wide = 4 * tokens * model.ffn * experts // layout.tp * b
+    q = tokens * model.heads * model.head_dim // layout.tp
+    mixed = q + 2 * tokens * model.kv_heads * model.head_dim // layout.tp
+    rotary, norm = 5 * q * b, 0 if kind.fused_norms else q * (b + 12)
+    return stream * b + max(wide, mixed * b + max(rotary, norm))
+
+
+def logits_bytes(model: Architecture, layout: ModelLayout, shape: Shape, b: int) -> int:
+    """One shard of a micro-batch's logits."""
+    return shape.tokens(layout) * layout.vocab_rows(model) * b
+
+
+def chunk_workspace_bytes(tokens: int, rows: int, chunk_tokens: int, buffers: float) -> int:
+    return int(min(tokens, chunk_tokens) * rows * 4 * buffers)
