@@ -9,20 +9,43 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_sgopd.cli import doctor, serve, show_config, train
+from megatron_sgopd.cli import compare, doctor, evaluate, rescore, serve, show_config, train
 from megatron_sgopd.config.errors import ConfigError
 
-COMMANDS = (train, show_config, serve, doctor)  # in the order of the help
+COMMANDS = (
+    train,
+    show_config,
+    serve,
+    doctor,
+    evaluate,
+    rescore,
+    compare,
+)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: done, or stopped on request with a checkpoint; 1: failed; 2: bad recipe."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return int(arguments.run(arguments))
     except ConfigError as error:
         print(f"sgopd: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes key=value in one place alone; here it may stand behind options too."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "overrides") and all(_is_override(r) for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not text.startswith("-")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -107,7 +107,7 @@ class VllmEngine:
                 for other in waiting:
                     other.cancel()
                 raise
-            index = waiting[future]
+            index = waiting.pop(future)  # its answer is not kept here too
             self._answers[requests[index]] = completion
             yield index, completion
         if lost is not None:
