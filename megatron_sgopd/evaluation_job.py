@@ -244,7 +244,9 @@ def ask(plan: Plan, groups: Groups, tasks: list[Task], stopped: _Stop) -> None:
     # A server that was started here has read its weights; others wait for a trainer's.
     if engine.name == "embedded" or config.rollout.vllm.urls:
         engine.push_weights(partial(iter_safetensors, plan.model), 0)
-    jobs: Jobs = OnFirstRank(groups, lambda: [engine]) if sampler.alone else OnEveryRank()
+    jobs: Jobs = OnEveryRank()
+    if sampler.alone:
+        jobs = OnFirstRank(groups, lambda: [engine], config.rollout.vllm.max_restarts)
     whole, share = (-(-count // groups.dp_size) for count in (len(plan.tasks()), len(tasks)))
     bar = progress_bar(
         f"{config.name}: evaluate" + (f" (1 of {groups.dp_size})" if groups.dp_size > 1 else ""),

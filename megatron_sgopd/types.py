@@ -92,7 +92,7 @@ class Engine(Protocol):
 
     @property
     def answered(self) -> int:
-        """Requests of the job under way whose answers are kept, should it have to be done again."""
+        """Requests answered so far, none of which a job that is done again repeats."""
         ...
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
