@@ -222,3 +222,12 @@ def test_pairs_of_several_benchmarks_and_measures():
     baseline[0]["benchmark"] = "y"
     with pytest.raises(ValueError, match="in one alone"):
         paired_difference(arm, baseline)
+
+
+def test_sets_are_resampled_each_within_itself_and_independently():
+    rng = np.random.default_rng(1)
+    sets = [rng.random(7), rng.random(7)]
+    draw = np.random.default_rng(5)
+    means = [each[draw.integers(0, 7, size=(500, 7))].mean(1) for each in sets]
+    expected = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+    assert bootstrap_ci95(*sets, bootstrap_samples=500, seed=5) == pytest.approx(expected)
