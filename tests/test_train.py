@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sgopd.assemble import _starting
 from megatron_sgopd.config.load import load_config
+from megatron_sgopd.engines import _starting
 from tests import train_cases
 from tests.conftest import SIZES
 from tests.pool import RankError
