@@ -9,10 +9,28 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_sgopd.cli import doctor, plan, serve, show_config, train
+from megatron_sgopd.cli import (
+    compare,
+    doctor,
+    evaluate,
+    plan,
+    rescore,
+    serve,
+    show_config,
+    train,
+)
 from megatron_sgopd.config.errors import ConfigError
 
-COMMANDS = (train, show_config, serve, doctor, plan)  # in the order of the help
+COMMANDS = (  # in the order of the help
+    train,
+    show_config,
+    plan,
+    doctor,
+    serve,
+    evaluate,
+    compare,
+    rescore,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 import transformers
 
 from megatron_sgopd import sgopd
+from megatron_sgopd.benchmarks import Benchmark, load_benchmarks
 from megatron_sgopd.checkpoint import TrainState, list_checkpoints, load_checkpoint
+from megatron_sgopd.config.evaluation import during_sets, evaluation_sets
 from megatron_sgopd.config.load import to_yaml
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.engines import make_engine
@@ -35,12 +37,11 @@ from megatron_sgopd.prompts import (
     stop_token_ids,
 )
 from megatron_sgopd.roles import Vocabulary, load_reference, load_student, load_teacher
-from megatron_sgopd.rollout import Sampler
+from megatron_sgopd.rollout import Sampler, make_sampler
 from megatron_sgopd.run_dir import prepare_run_dir
 from megatron_sgopd.student import Student, make_student
 from megatron_sgopd.teacher_pool import TeacherPool
 from megatron_sgopd.types import Engine, Prompt, Rollout
-from megatron_sgopd.verifier import VerifierPool
 from megatron_sgopd.vllm_engine import VllmEngine
 from megatron_sgopd.weight_sync import Guard, push_weights
 
@@ -62,6 +63,8 @@ class Run:
     stream: PromptStream
     engine: Engine | None
     writer: MetricsWriter | None  # rank 0 only
+    benchmarks: list[Benchmark]
+    during_benchmarks: list[Benchmark]
     resumed: bool
     jobs: Jobs = field(default_factory=OnEveryRank)  # how engines are asked
     guard: Guard | None = None  # of vLLM engines
@@ -137,7 +140,6 @@ class Run:
             model.hf_config if embedded else read_hf_config(path),
             path,
             "teacher",
-            _starting(config, self.groups),
             model.shared_vocab_size,
         )
         if embedded:
@@ -215,7 +217,8 @@ def assemble(config: Config) -> Run:
     hf_config = read_hf_config(student_dir)
     tokenizer = load_tokenizer(student_dir)
     stop_ids = config.rollout.stop_token_ids or stop_token_ids(tokenizer, student_dir)
-    verifier = _verifier(config) if groups.is_replica_first_rank else None
+    sampler = make_sampler(config, groups, tokenizer, stop_ids)
+    final, during = _benchmarks(config, tokenizer)  # what is wrong with them is said now
 
     objective = Objective.of(config, eps=0.0)
     vocabulary = Vocabulary.of(config)
@@ -233,16 +236,8 @@ def assemble(config: Config) -> Run:
             checkpoints[-1], student, seed=config.seed, name=config.name
         )
     engine = None
-    if config.distill.method != "sft" or config.evaluation.data:
-        engine = make_engine(
-            config,
-            groups,
-            hf_config,
-            student_dir,
-            "student",
-            _starting(config, groups),
-            vocabulary.shared,
-        )
+    if config.distill.method != "sft" or final:
+        engine = make_engine(config, groups, hf_config, student_dir, "student", vocabulary.shared)
     problems = load_problems(
         config.data.train,
         problem_field=config.data.problem_field,
@@ -261,14 +256,9 @@ def assemble(config: Config) -> Run:
         student=student,
         teacher=teacher,
         reference=reference,
-        sampler=Sampler(
-            config,
-            groups,
-            verifier,
-            lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-            tuple(stop_ids),
-            alone=config.rollout.engine == "vllm",
-        ),
+        sampler=sampler,
+        benchmarks=final,
+        during_benchmarks=during,
         stream=PromptStream(
             prompts,
             seed=config.seed,
@@ -301,48 +291,19 @@ def assemble(config: Config) -> Run:
     return run
 
 
-def evaluation_prompts(run: Run, path: str, limit: int | None) -> list[Prompt]:
-    """The first `limit` problems of an evaluation set, rendered like the training prompts."""
-    data = run.config.data
-    problems = load_problems(
-        path,
-        problem_field=data.problem_field,
-        answer_field=data.answer_field,
-        solution_field=None,
-        min_difficulty=None,
+def _benchmarks(config: Config, tokenizer: Any) -> tuple[list[Benchmark], list[Benchmark]]:
+    """Of the full evaluations, and of those during training."""
+    e = config.evaluation
+    during = during_sets(e) if e.every else {}
+    return (
+        load_benchmarks(evaluation_sets(e), config, tokenizer, e.max_problems),
+        load_benchmarks(during, config, tokenizer, e.during_max_problems),
     )
-    return render(problems[:limit], run.tokenizer, data, run.config.rollout.max_prompt_tokens)
 
 
 def versions() -> dict[str, str]:
     """Of the packages a result depends on."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _starting(config: Config, groups: Groups) -> Callable[[str, float], None]:
-    """What a person sees while servers start: a line now and then; and heeds RUN_DIR/STOP."""
-    shown: dict[str, float] = {}
-    stop = Path(config.logging.run_dir or "") / "STOP"
-
-    def show(url: str, seconds: float) -> None:
-        if stop.exists():
-            raise InterruptedError("stopped on request, while vLLM servers were starting")
-        if groups.rank == 0 and seconds - shown.get(url, -10.0) >= 10.0:
-            shown[url] = seconds
-            print(
-                f"{config.name}: waiting for the vLLM server at {url}, {seconds:.0f} s "
-                f"(log in {config.logging.run_dir}/engines)",
-                flush=True,
-            )
-
-    return show
-
-
-def _verifier(config: Config) -> VerifierPool:
-    v = config.verifier
-    return VerifierPool(
-        v.name, timeout_s=v.timeout_s, num_workers=v.num_workers, memory_mb=v.memory_mb
-    )
 
 
 def _listen_for_signals(run: Run) -> None:

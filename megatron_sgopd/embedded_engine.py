@@ -292,6 +292,10 @@ class _Sampler:
             device=device,
             dtype=torch.long,
         ).view(len(requests), stops)
+        self.top_p = torch.tensor([r.top_p for r in requests], device=device)
+        self.top_k = torch.tensor([r.top_k or 2**31 for r in requests], device=device)
+        self.min_p = torch.tensor([r.min_p for r in requests], device=device)
+        self.truncates = any(r.top_p < 1 or r.top_k or r.min_p for r in requests)
         self.finished = self.limit == 0
         self.stopped = torch.zeros_like(self.finished)
         self.tokens: list[Tensor] = []  # one column a step: [requests], -1 where finished
@@ -301,6 +305,8 @@ class _Sampler:
         """The next token of each row, [B]; rows whose request is finished get any token."""
         scaled = logits.float() / self.divisor[rows, None]
         logprobs = scaled.log_softmax(-1)
+        if self.truncates:
+            logprobs = self.truncated(logprobs, rows)
         # Inverse CDF in float64: the count of entries the uniform has passed. Clamped, since the
         # last entry of a rounded CDF may stay below 1.
         cdf = logprobs.double().exp().cumsum(-1)
@@ -319,6 +325,22 @@ class _Sampler:
         self.stopped[rows] |= stop
         self.finished[rows] |= stop | (drawn_at + 1 >= self.limit[rows])
         return token
+
+    def truncated(self, logprobs: Tensor, rows: Tensor) -> Tensor:
+        """Log-probs [B, V] over what min_p, top_k and top_p keep, in this order, as vLLM does."""
+        least = logprobs.amax(-1, keepdim=True) + self.min_p[rows, None].log()
+        ranked, order = logprobs.masked_fill(logprobs < least, -torch.inf).sort(
+            dim=-1, descending=True, stable=True
+        )
+        places = torch.arange(ranked.shape[-1], device=ranked.device)
+        ranked = ranked.masked_fill(places >= self.top_k[rows, None], -torch.inf)
+        shares = ranked.double().softmax(-1)
+        # An entry stays while those before it hold less than top_p: the first always does.
+        before = shares.cumsum(-1) - shares
+        dropped = (before >= self.top_p[rows, None].double()) & (places > 0)
+        dropped &= self.top_p[rows, None] < 1
+        ranked = ranked.masked_fill(dropped, -torch.inf).log_softmax(-1)
+        return torch.empty_like(logprobs).scatter_(-1, order, ranked)
 
     def completions(self, policy_version: int) -> list[Completion]:
         tokens = torch.stack(self.tokens, 1).tolist()

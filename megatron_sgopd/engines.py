@@ -43,10 +43,10 @@ def make_engine(
     hf_config: Any,
     model: Path,
     role: str = "student",
-    progress: Progress = lambda url, seconds: None,
     shared_vocab_size: int | None = None,
 ) -> Engine:
-    """The engine of a model, without weights yet (a teacher's server has its own). Collective.
+    """The engine of a model, without weights yet (servers that are not the student's have their
+    own). Collective. `role`: student, teacher or evaluated.
 
     Token ids from `shared_vocab_size` on (None: the model has no others) are never sampled.
 
@@ -67,7 +67,7 @@ def make_engine(
     key = _from_first_rank(new_key(vllm) if groups.rank == 0 else None)
     rows = hf_config.vocab_size
     never_sampled = range(shared_vocab_size or rows, rows)
-    run_dir = Path(config.logging.run_dir or "")
+    run_dir, progress = Path(config.logging.run_dir or ""), _starting(config, groups)
     remotes = _remotes(vllm, groups, model, role, run_dir, key, progress, never_sampled)
     described = _check(remotes, config, hf_config, role)
     version = broadcast_object(described.get("version", ""), groups)
@@ -83,6 +83,25 @@ def make_engine(
         health_timeout_s=vllm.health_timeout_s,
         colocated=vllm.colocated,
     )
+
+
+def _starting(config: Config, groups: Groups) -> Progress:
+    """What a person sees while servers start: a line now and then; and heeds RUN_DIR/STOP."""
+    shown: dict[str, float] = {}
+    stop = Path(config.logging.run_dir or "") / "STOP"
+
+    def show(url: str, seconds: float) -> None:
+        if stop.exists():
+            raise InterruptedError("stopped on request, while vLLM servers were starting")
+        if groups.rank == 0 and seconds - shown.get(url, -10.0) >= 10.0:
+            shown[url] = seconds
+            print(
+                f"{config.name}: waiting for the vLLM server at {url}, {seconds:.0f} s "
+                f"(log in {config.logging.run_dir}/engines)",
+                flush=True,
+            )
+
+    return show
 
 
 def _from_first_rank(value: Any) -> Any:

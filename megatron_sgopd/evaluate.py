@@ -1,106 +1,158 @@
-"""avg@k, pass@k and greedy accuracy of what an engine holds, on a set of problems.
+"""The answers of what an engine holds to benchmarks: who asks for which, and what is kept of them.
 
-Replicas share the problems; the records come together on every rank and rank 0 writes them.
+The trainer's evaluations (`evaluate`) and `sgopd evaluate` (`evaluation_job`) both ask through
+`answer`. Replicas share the tasks; a task is one answer to one problem.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
-import torch.distributed as dist
-
+from megatron_sgopd.benchmarks import Benchmark
 from megatron_sgopd.jobs import Jobs
+from megatron_sgopd.parallel import any_rank, broadcast_object, gather_objects
 from megatron_sgopd.rollout import Sampler, request_seed
-from megatron_sgopd.types import Engine, Prompt, Request, Rollout
+from megatron_sgopd.samples import GREEDY, Row, join, records
+from megatron_sgopd.types import Completion, Engine, EngineLost, Prompt, Request
 
 EVALUATION_SEED = 42  # as in the paper's protocol: the same samples' seeds for every model
+AT_ONCE = 512  # answers of an engine that gives them together: bounded memory, a bar that moves
+
+Task = tuple[str, Prompt, int]  # (benchmark, problem, sample)
+Keep = Callable[[str, Row], None]  # (benchmark, an answer or its verdict), as `samples` has them
 
 
 def evaluate(
     sampler: Sampler,
     engine: Engine,
-    prompts: Sequence[Prompt],
+    benchmarks: Sequence[Benchmark],
     *,
-    k: int,
+    n: int,
     greedy: bool,
     jobs: Jobs,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[dict[str, Any]]:
-    """One record a problem, in order: id, problem, answer, num_samples, is_correct, completions, …
+    """One record a problem, in order, on every rank (see `samples.records`). Collective.
 
-    Seeds come from EVALUATION_SEED, the run's seed and the problem's id, so that two models
-    evaluated under one seed draw the same uniforms. Collective over all ranks. `advance` is told
-    how many problems of this replica are done.
+    `advance` is told as answers of this replica are verified.
+    """
+    kept: list[tuple[str, Row]] = []
+    tasks = tasks_of(benchmarks, n, greedy)
+    answer(sampler, engine, tasks, jobs, lambda *row: kept.append(row), advance=advance)
+    groups = sampler.groups
+    mine = broadcast_object(kept, groups)
+    everything = list(chain.from_iterable(gather_objects(mine, groups.dp_group)))
+    out = []
+    for each in benchmarks:
+        rows = join(row for name, row in everything if name == each.name)
+        out += records(each.problems, rows, n=n, greedy=greedy, benchmark=each.name)
+    return out
+
+
+def tasks_of(benchmarks: Iterable[Benchmark], n: int, greedy: bool) -> list[Task]:
+    samples = [*([GREEDY] if greedy else []), *range(n)]
+    return [(b.name, p, i) for b in benchmarks for p in b.prompts for i in samples]
+
+
+def answer(
+    sampler: Sampler,
+    engine: Engine,
+    tasks: Sequence[Task],
+    jobs: Jobs,
+    keep: Keep,
+    *,
+    advance: Callable[[int], object] = lambda count: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Asks for every task, once. Collective over all ranks.
+
+    `keep` is called on the replica's first rank, with an answer as it comes and with its verdict.
+    Seeds come from EVALUATION_SEED, the run's seed, the problem's id and the sample: two models
+    evaluated under one seed draw the same uniforms, on any layout. Where `stopped` says so, between
+    two answers or parts, the rest is left.
     """
     groups = sampler.groups
-    share = [p for i, p in enumerate(prompts) if i % groups.dp_size == groups.dp_rank]
-    records = []
-    # A slice at a time: bounded memory, and a bar that moves.
-    largest = -(-len(prompts) // groups.dp_size)  # every replica takes as many slices
-    for start in range(0, largest, problems_at_once := max(1, 512 // k)):
-        part = share[start : start + problems_at_once]
-        records += jobs.run(partial(_evaluate_part, sampler, engine, part, k, greedy))
-        advance(len(part))
-    gathered: list[Any] = [None] * groups.dp_size
-    dist.all_gather_object(gathered, records, group=groups.dp_group)
-    by_id = {record["id"]: record for shard in gathered for record in shard}
-    return [by_id[p.id] for p in prompts]
+    share = tasks[groups.dp_rank :: groups.dp_size]
+    largest = -(-len(tasks) // groups.dp_size)  # every replica runs as many jobs
+    at_once = max(1, largest) if sampler.alone else AT_ONCE
+    for start in range(0, largest, at_once):
+        if any_rank(stopped(), groups):
+            return
+        part = _Part(sampler, engine, share[start : start + at_once], keep, advance, stopped)
+        jobs.run(part.run)
 
 
-def _evaluate_part(
-    sampler: Sampler, engine: Engine, prompts: Sequence[Prompt], k: int, greedy: bool
-) -> list[dict[str, Any]]:
-    sampled = _answers(sampler, engine, [(p, i) for p in prompts for i in range(k)])
-    firsts = _answers(sampler, engine, [(p, -1) for p in prompts]) if greedy else []
-    records = []
-    for i, prompt in enumerate(prompts):
-        mine = sampled[i * k : (i + 1) * k]
-        record: dict[str, Any] = {
+class _Part:
+    """One job. Run again after the end of an engine, it asks for what is left."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        engine: Engine,
+        tasks: Sequence[Task],
+        keep: Keep,
+        advance: Callable[[int], object],
+        stopped: Callable[[], bool],
+    ) -> None:
+        self._sampler, self._engine, self._keep = sampler, engine, keep
+        self._advance, self._stopped = advance, stopped
+        self._left = dict(enumerate(tasks))
+        self._lost: EngineLost | None = None
+
+    def run(self) -> None:
+        """Raises EngineLost when what came before it has its verdicts."""
+        self._lost = None
+        asked = list(self._left.items())
+        tasks = [task for _, task in asked]
+        arriving = self._arriving([i for i, _ in asked], tasks)
+        prompts = [prompt for _, prompt, _ in tasks]
+        for index, rollout in self._sampler.labelled(prompts, arriving, "student"):
+            name, prompt, sample = tasks[index]
+            verdict = {"id": prompt.id, "sample": sample, "is_correct": rollout.is_correct}
+            self._keep(name, verdict)
+            self._advance(1)
+        if self._lost is not None:
+            raise self._lost
+
+    def _arriving(
+        self, places: Sequence[int], tasks: Sequence[Task]
+    ) -> Iterator[tuple[int, Completion]]:
+        alone = self._sampler.alone
+        try:
+            for index, completion in self._engine.stream([self._request(t) for t in tasks]):
+                name, prompt, sample = tasks[index]
+                self._keep(name, self._row(prompt, sample, completion))
+                del self._left[places[index]]
+                if alone:
+                    self._engine.forget()  # what is kept is not asked for again
+                yield index, completion
+                if alone and self._stopped():
+                    return
+        except EngineLost as error:
+            self._lost = error
+
+    def _row(self, prompt: Prompt, sample: int, completion: Completion) -> Row:
+        return {
             "id": prompt.id,
-            "problem": prompt.text,
-            "answer": prompt.answer,
-            "num_samples": k,
-            "num_correct": sum(r.is_correct for r in mine),
-            "is_correct": [r.is_correct for r in mine],
-            "completions": [sampler.decode(r.completion.token_ids) for r in mine],
-            "lengths": [len(r.completion.token_ids) for r in mine],
-            "truncated": sum(r.completion.finish_reason == "length" for r in mine),
+            "sample": sample,
+            "completion": self._sampler.decode(completion.token_ids),
+            "length": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
         }
-        if greedy:
-            record["greedy_is_correct"] = firsts[i].is_correct
-            record["greedy"] = sampler.decode(firsts[i].completion.token_ids)
-        records.append(record)
-    return records
 
-
-def _answers(
-    sampler: Sampler, engine: Engine, asked: Sequence[tuple[Prompt, int]]
-) -> list[Rollout]:
-    """Labelled answers; sample -1 is the greedy one."""
-    config = sampler.config
-    limit = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
-    requests = [
-        Request(
+    def _request(self, task: Task) -> Request:
+        _, prompt, sample = task
+        config = self._sampler.config
+        e, sampled = config.evaluation, sample != GREEDY
+        return Request(
             prompt_token_ids=prompt.token_ids,
             seed=request_seed(EVALUATION_SEED, config.seed, prompt.id, sample),
-            max_new_tokens=limit,
-            temperature=0.0 if sample < 0 else config.evaluation.temperature,
-            stop_token_ids=sampler.stop_token_ids,
+            max_new_tokens=e.max_new_tokens or config.rollout.max_new_tokens,
+            temperature=e.temperature if sampled else 0.0,
+            stop_token_ids=self._sampler.stop_token_ids,
+            top_p=e.top_p if sampled else 1.0,
+            top_k=(e.top_k or 0) if sampled else 0,
+            min_p=e.min_p if sampled else 0.0,
         )
-        for prompt, sample in asked
-    ]
-    return sampler.label([p for p, _ in asked], engine.stream(requests), "student")
-
-
-def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
-    )
-    temporary.replace(path)

@@ -26,9 +26,15 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_ranks(
-    num_processes: int, arguments: list[str], run_dir: Path, module: str = "megatron_sgopd"
+    num_processes: int,
+    arguments: list[str],
+    run_dir: Path,
+    module: str = "megatron_sgopd",
+    stopping: str = "stopping after this step, with a checkpoint",
 ) -> int:
     """Runs `python -m MODULE ARGUMENTS` on that many local ranks; the exit code.
+
+    `stopping` is said when a signal asks for the end.
 
     0: finished, or stopped on request with a checkpoint; 1: failed.
     """
@@ -49,7 +55,7 @@ def run_ranks(
             env=environment,
             start_new_session=True,
         )
-        stopper = _Stopper(agent, run_dir)
+        stopper = _Stopper(agent, run_dir, stopping)
         code = stopper.wait()
         stopper.forget()
     if code < 0:  # torchrun itself was killed, and its ranks with it
@@ -61,7 +67,8 @@ def run_ranks(
 class _Stopper:
     """First SIGINT, SIGTERM or SIGUSR1: ask the ranks to stop; the second SIGINT/SIGTERM: kill."""
 
-    def __init__(self, agent: subprocess.Popen[bytes], run_dir: Path) -> None:
+    def __init__(self, agent: subprocess.Popen[bytes], run_dir: Path, stopping: str) -> None:
+        self._stopping = stopping
         self._agent, self._stop_file, self._asked = agent, run_dir / "STOP", False
         self._kept = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
@@ -72,7 +79,7 @@ class _Stopper:
         self._asked = True
         self._ask()
         print(
-            "\nstopping after this step, with a checkpoint; Ctrl-C again to kill",
+            f"\n{self._stopping}; Ctrl-C again to kill",
             file=sys.stderr,
             flush=True,
         )

@@ -135,13 +135,16 @@ class Clock:
         return taken
 
 
-def progress_bar(description: str, total: int, *, initial: int = 0, show: bool = True) -> tqdm[Any]:
+def progress_bar(
+    description: str, total: int, *, initial: int = 0, show: bool = True, unit: str = "it"
+) -> tqdm[Any]:
     """A bar with rate and ETA; silent on ranks that should not show one."""
     return tqdm(
         total=total,
         initial=initial,
         desc=description,
         disable=not show,
+        unit=unit,
         dynamic_ncols=True,
         smoothing=0.1,
     )

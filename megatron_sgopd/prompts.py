@@ -47,8 +47,11 @@ def load_problems(
     answer_field: str,
     solution_field: str | None,
     min_difficulty: float | None,
+    section: str = "data",
 ) -> list[Problem]:
     """Problems of a JSONL or Parquet file, or of a hub data set's train split.
+
+    `section`: of the recipe, where the fields' names stand.
 
     Raises:
         ValueError: what is wrong, with file, line and field.
@@ -68,8 +71,8 @@ def load_problems(
                 continue
         problem = Problem(
             id=id_field(row, "id", where) or where,
-            problem=text_field(row, problem_field, where, "data.problem_field"),
-            answer=text_field(row, answer_field, where, "data.answer_field"),
+            problem=text_field(row, problem_field, where, f"{section}.problem_field"),
+            answer=text_field(row, answer_field, where, f"{section}.answer_field"),
             solution=text_field(row, solution_field, where, "data.solution_field")
             if solution_field
             else None,
@@ -104,6 +107,8 @@ def _rows(
 
 
 # -- rendering -------------------------------------------------------------------------------------
+
+PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"  # `plain`
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -181,11 +186,11 @@ def render(
 
 def _template(tokenizer: Any, config: DataConfig) -> str | None:
     if config.chat_template is not None:
-        return config.chat_template
+        return PLAIN if config.chat_template == "plain" else config.chat_template
     if tokenizer.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template: set data.chat_template to a Jinja template, for "
-            "example '{% for m in messages %}{{ m.content }}{% endfor %}'"
+            "the tokenizer has no chat template: set data.chat_template=plain (the problem as it "
+            "is, for base models), or to a Jinja template"
         )
     return None
 

@@ -13,6 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,34 +67,64 @@ class Sampler:
         arriving: Iterable[tuple[int, Completion]],
         source: RolloutSource,
     ) -> list[Rollout]:
-        """Verifies on the replica's first rank, while others are still being made.
+        """The labelled rollouts in the order of the prompts, on every rank that runs the job."""
+        done = dict(self.labelled(prompts, arriving, source))
+        first = self.groups.is_replica_first_rank
+        rollouts = [done[i] for i in range(len(prompts))] if first else []
+        return rollouts if self.alone else broadcast_object(rollouts, self.groups)
 
-        A completion cut off by the length limit is wrong, whatever it says.
+    def labelled(
+        self,
+        prompts: Sequence[Prompt],
+        arriving: Iterable[tuple[int, Completion]],
+        source: RolloutSource,
+    ) -> Iterator[tuple[int, Rollout]]:
+        """(index, rollout) as verdicts come, while others are still being made.
+
+        On the replica's first rank; nothing on the others. A completion cut off by the length limit
+        is wrong, whatever it says.
         """
         if not self.groups.is_replica_first_rank:
             for _ in arriving:  # this rank decodes its part
                 pass
-            return broadcast_object(None, self.groups)
+            return
         assert self.verifier is not None, "the replica's first rank owns the verifier"
-        order: list[tuple[int, Completion]] = []
+        waiting: dict[int, tuple[int, Completion]] = {}  # for a verdict, by their order
         begun = arrived = time.perf_counter()
 
         def answers() -> Iterator[tuple[str, str]]:
             nonlocal arrived
-            for index, completion in arriving:
-                order.append((index, completion))
+            for place, (index, completion) in enumerate(arriving):
+                waiting[place] = (index, completion)
                 yield self.decode(completion.token_ids), prompts[index].answer
             arrived = time.perf_counter()
 
-        done: dict[int, Rollout] = {}
         for place, verdict in self.verifier.verify_iter(answers()):
-            index, completion = order[place]
+            index, completion = waiting.pop(place)
             is_correct = verdict.is_correct and completion.finish_reason == "stop"
-            done[index] = Rollout(prompts[index], completion, source, is_correct)
+            yield index, Rollout(prompts[index], completion, source, is_correct)
         self.clock.add(f"generate_{source}", arrived - begun)
         self.clock.add("label", time.perf_counter() - arrived)  # what generation did not hide
-        rollouts = [done[i] for i in range(len(prompts))]
-        return rollouts if self.alone else broadcast_object(rollouts, self.groups)
+
+
+def make_sampler(
+    config: Config, groups: Groups, tokenizer: Any, stop_token_ids: Sequence[int]
+) -> Sampler:
+    """The recipe's sampler on this rank, with a verifier on the replica's first."""
+    v = config.verifier
+    verifier = None
+    if groups.is_replica_first_rank:
+        verifier = VerifierPool(
+            v.name, timeout_s=v.timeout_s, num_workers=v.num_workers, memory_mb=v.memory_mb
+        )
+    return Sampler(
+        config,
+        groups,
+        verifier,
+        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        tuple(stop_token_ids),
+        alone=config.rollout.engine == "vllm",
+    )
 
 
 def generate_groups(

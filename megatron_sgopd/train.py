@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd import sgopd
-from megatron_sgopd.assemble import Run, assemble, evaluation_prompts, versions
+from megatron_sgopd.assemble import Run, assemble, versions
 from megatron_sgopd.checkpoint import save_checkpoint
+from megatron_sgopd.config.evaluation import samples_per_problem
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.evaluate import evaluate, write_records
+from megatron_sgopd.evaluate import evaluate, tasks_of
 from megatron_sgopd.failure import failing_together
 from megatron_sgopd.hf_files import resolve_hf_dir, write_hf_dir
 from megatron_sgopd.hf_weights import iter_hf_weights
@@ -33,7 +34,8 @@ from megatron_sgopd.rollout import (
     mix_teacher_rollouts,
     solutions_as_rollouts,
 )
-from megatron_sgopd.statistics import summarize
+from megatron_sgopd.samples import write_lines
+from megatron_sgopd.statistics import summarize, summarize_benchmarks
 from megatron_sgopd.train_step import measure_tie_width, train_step
 from megatron_sgopd.types import EngineLost
 from megatron_sgopd.weight_sync import StaleWeights
@@ -165,35 +167,37 @@ def make_batch(run: Run, step: int) -> Batch:
 
 def evaluate_during(run: Run) -> dict[str, float]:
     """avg@k on the development set, for the learning curve."""
-    e = run.config.evaluation
-    if run.engine is None or not (path := e.during_data or e.data):
+    sets, k = run.during_benchmarks, run.config.evaluation.during_k
+    if run.engine is None or not sets:
         return {}
-    prompts = evaluation_prompts(run, path, e.during_max_problems)
-    records = evaluate(run.sampler, run.engine, prompts, k=e.during_k, greedy=False, jobs=run.jobs)
+    records = evaluate(run.sampler, run.engine, sets, n=k, greedy=False, jobs=run.jobs)
     return {"evaluation/avg_at_k": float(summarize(records)["avg_at_k"])}
 
 
 def evaluate_and_write(run: Run, name: str) -> dict[str, Any]:
     """The full evaluation, to evaluation/NAME.jsonl; the summary of its records."""
     e = run.config.evaluation
-    if run.engine is None or e.data is None:
+    if run.engine is None or not run.benchmarks:
         return {}
-    prompts = evaluation_prompts(run, e.data, e.max_problems)
-    share = -(-len(prompts) // run.groups.dp_size)  # of the first replica, which is shown
-    bar = progress_bar(f"{run.config.name}: evaluate", share, show=run.shows)
+    n = samples_per_problem(e)
+    total = len(tasks_of(run.benchmarks, n, e.greedy))
+    share = -(-total // run.groups.dp_size)  # of the first replica, which is shown
+    bar = progress_bar(f"{run.config.name}: evaluate", share, show=run.shows, unit="answer")
     records = evaluate(
         run.sampler,
         run.engine,
-        prompts,
-        k=e.k,
+        run.benchmarks,
+        n=n,
         greedy=e.greedy,
         jobs=run.jobs,
         advance=bar.update,
     )
     bar.close()
     if run.is_first:
-        write_records(run.dir / "evaluation" / f"{name}.jsonl", records)
-    return summarize(records, bootstrap_samples=e.bootstrap_samples, seed=run.config.seed)
+        write_lines(run.dir / "evaluation" / f"{name}.jsonl", records)
+    return summarize_benchmarks(
+        records, e.k, bootstrap_samples=e.bootstrap_samples, seed=run.config.seed
+    )
 
 
 def finish(run: Run, seconds: float) -> None:

@@ -37,6 +37,9 @@ class Request:
     max_new_tokens: int
     temperature: float = 1.0  # 0 is greedy
     stop_token_ids: tuple[int, ...] = ()
+    top_p: float = 1.0  # 1 is off; log-probs are renormalised over what these three keep
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0  # 0 is off
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Engine(Protocol):
 
     @property
     def answered(self) -> int:
-        """Requests of the job under way whose answers are kept, should it have to be done again."""
+        """Requests answered so far, none of which a job that is done again repeats."""
         ...
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:

@@ -63,6 +63,9 @@ class VllmClient:
             temperature=request.temperature,
             seed=request.seed % 2**31,
             stop_token_ids=list(request.stop_token_ids),
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
             logprobs=0,
         )
         choice = answer["choices"][0]

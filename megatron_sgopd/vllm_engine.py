@@ -65,6 +65,7 @@ class VllmEngine:
         colocated: bool = False,
     ) -> None:
         self.version, self.policy_version = version, -1
+        self.answered = 0  # requests so far
         self._remotes, self._groups, self._patience_s = remotes, groups, patience_s
         self._weights: Callable[[], WeightStream] | None = None  # what it was given last
         self._colocated, self._asleep = colocated, False
@@ -107,8 +108,9 @@ class VllmEngine:
                 for other in waiting:
                     other.cancel()
                 raise
-            index = waiting[future]
+            index = waiting.pop(future)  # its answer is not kept here too
             self._answers[requests[index]] = completion
+            self.answered += 1
             yield index, completion
         if lost is not None:
             raise lost
@@ -117,11 +119,6 @@ class VllmEngine:
         """Completions in the order of the requests."""
         done = dict(self.stream(requests))
         return [done[i] for i in range(len(requests))]
-
-    @property
-    def answered(self) -> int:
-        """Requests of the job under way that were answered."""
-        return len(self._answers)
 
     def forget(self) -> None:
         """Drops the answers that were kept in case a job had to be done again."""

@@ -41,7 +41,7 @@ class ServerSpec:
 
     vllm: VllmConfig
     model: Path  # Hugging Face directory
-    role: str  # student or teacher, for names of files
+    role: str  # student (whose weights come from a trainer), teacher or evaluated
     index: int
     port: int
     on_gpu: bool
@@ -257,8 +257,8 @@ def check_version(version: str | None, vllm: VllmConfig, where: str) -> None:
     """Raises ConfigError for a missing or untested vLLM."""
     if version is None:
         raise ConfigError(
-            f"rollout.engine is 'vllm' and {where} has no vLLM: run `make vllm`, or name an "
-            "environment that has it with rollout.vllm.python"
+            f"rollout.engine is 'vllm' and {where} has no vLLM: run `make vllm`, name an "
+            "environment that has it with rollout.vllm.python, or set rollout.engine=embedded"
         )
     if not is_tested("vllm", version) and not vllm.allow_untested_version:
         raise ConfigError(

@@ -390,3 +390,30 @@ def test_weights_are_cast_to_the_engines_type(paths: dict[str, Path]) -> None:
     mine = engine._model.model
     assert torch.equal(mine.rotary_emb.inv_freq, model.rotary_emb.inv_freq)
     assert mine.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("cut", "kept"),
+    [  # of shares 0.4, 0.3, 0.2, 0.1, in another order
+        ({"top_k": 2}, [0.4, 0.3]),
+        ({"top_p": 0.65}, [0.4, 0.3]),
+        ({"top_p": 0.01}, [0.4]),
+        ({"min_p": 0.45}, [0.4, 0.3, 0.2]),
+        ({"top_k": 3, "top_p": 0.75}, [0.4, 0.3]),  # of 4/9, 3/9, 2/9: the third comes after 7/9
+        ({"min_p": 0.6, "top_p": 0.5}, [0.4]),  # of 4/7 and 3/7
+        ({}, [0.4, 0.3, 0.2, 0.1]),  # beside one that is cut
+    ],
+)
+def test_truncated_sampling_keeps_what_it_should(cut: dict[str, Any], kept: list[float]) -> None:
+    shares = torch.tensor([0.2, 0.4, 0.1, 0.3])
+    requests = [
+        Request((1,), seed=i, max_new_tokens=1, **(cut if i % 2 else {"top_k": 1}))
+        for i in range(400)
+    ]
+    sampler = embedded_engine._Sampler(requests, torch.device("cpu"))
+    tokens = sampler.step(shares.log().repeat(400, 1), torch.arange(400))
+    assert set(tokens[::2].tolist()) == {1}, "a request's own settings"
+    ids = tokens[1::2]
+    assert set(ids.tolist()) == {shares.tolist().index(pytest.approx(k)) for k in kept}
+    expected = (shares[ids] / sum(kept)).log()
+    assert sampler.logprobs[0][1::2].tolist() == pytest.approx(expected.tolist(), abs=1e-5)

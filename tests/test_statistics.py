@@ -11,9 +11,12 @@ from megatron_sgopd.statistics import (
     avg_at_k,
     bootstrap_ci95,
     greedy_accuracy,
+    greedy_marks,
     paired_difference,
     pass_at_k,
+    problem_pass_rates,
     summarize,
+    summarize_benchmarks,
 )
 
 
@@ -180,3 +183,51 @@ def test_summarize():
     assert summary["pass_at_k"] == pytest.approx(0.75)
     assert (summary["k"], summary["greedy"], summary["num_problems"]) == (4, 1.0, 4)
     assert summary["ci95"] == list(bootstrap_ci95([0, 0.5, 1, 0.25], seed=5))
+
+
+def two_sets() -> list[dict]:
+    """Shares 0 and 1/2 of a set of two problems, 3/4 of a set of one."""
+    found = records([0, 2, 3])
+    for record, name in zip(found, "xxy", strict=True):
+        record |= {"benchmark": name, "lengths": [1, 2, 3, 4], "truncated": int(name == "x")}
+    return found
+
+
+def test_benchmarks_have_one_weight_each():
+    whole = summarize_benchmarks(two_sets(), 2)
+    assert whole["avg_at_k"] == pytest.approx((0.25 + 0.75) / 2)  # 1.25 / 3 over problems
+    assert whole["pass_at_k"] == pytest.approx(((0 + 5 / 6) / 2 + 1) / 2)
+    assert (whole["k"], whole["num_samples"], whole["num_problems"]) == (2, 4, 3)
+    assert whole["mean_length"] == 2.5
+    assert whole["truncated"] == pytest.approx((0.25 + 0) / 2)
+    assert {n: b["avg_at_k"] for n, b in whole["benchmarks"].items()} == {"x": 0.25, "y": 0.75}
+    # A set of one problem resamples to itself: half of the interval of the other is left.
+    x = whole["benchmarks"]["x"]
+    assert x["ci95"] == [0.0, 0.5] and whole["ci95"] == [0.375, 0.625]
+    assert summarize(records([1]))["mean_length"] is None, "where nothing is known of it"
+
+
+def test_pairs_of_several_benchmarks_and_measures():
+    arm, baseline = two_sets(), two_sets()
+    arm[0]["num_correct"], baseline[2]["num_correct"] = 1, 0
+    told = paired_difference(arm, baseline[::-1])
+    assert told.mean == pytest.approx((0.25 / 2 + 0.75) / 2)
+    told = paired_difference(arm, baseline, of=lambda r: problem_pass_rates(r, 2))
+    assert told.mean == pytest.approx((0.5 / 2 + 1) / 2)
+    for record in arm:
+        record["greedy_is_correct"] = True
+    for record in baseline:
+        record["greedy_is_correct"] = False
+    assert paired_difference(arm, baseline, of=greedy_marks).ci95 == (1.0, 1.0)
+    baseline[0]["benchmark"] = "y"
+    with pytest.raises(ValueError, match="in one alone"):
+        paired_difference(arm, baseline)
+
+
+def test_sets_are_resampled_each_within_itself_and_independently():
+    rng = np.random.default_rng(1)
+    sets = [rng.random(7), rng.random(7)]
+    draw = np.random.default_rng(5)
+    means = [each[draw.integers(0, 7, size=(500, 7))].mean(1) for each in sets]
+    expected = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+    assert bootstrap_ci95(*sets, bootstrap_samples=500, seed=5) == pytest.approx(expected)

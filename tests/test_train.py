@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sgopd.assemble import _starting
 from megatron_sgopd.config.load import load_config
+from megatron_sgopd.engines import _starting
 from tests import train_cases
 from tests.conftest import SIZES
 from tests.pool import RankError
@@ -89,7 +89,14 @@ def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Pat
 def test_every_arm_of_the_demonstration_runs(
     pool: Any, world: Path, tmp_path: Path, recipe: str
 ) -> None:
-    assert run(pool, recipe, overrides(world, tmp_path / "run")) == ["finished"] * 2
+    sets = f"{{test: {world}/test.jsonl, dev: {world}/dev.jsonl}}"
+    settings = ["evaluation.data=null", f"evaluation.benchmarks={sets}", "evaluation.n=3"]
+    assert run(pool, recipe, overrides(world, tmp_path / "run", *settings)) == ["finished"] * 2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["k"], summary["num_samples"]) == (2, 3)
+    by_name = {name: s["num_problems"] for name, s in summary["benchmarks"].items()}
+    assert by_name == {"test": SIZES.test, "dev": SIZES.dev}
+    assert len((tmp_path / "run/evaluation/final.jsonl").read_text().splitlines()) == 10
     rows = train_cases.metrics_without_time(tmp_path / "run")
     assert len(rows) == STEPS
     assert all(row["distill/reverse_kl"] == row["distill/reverse_kl"] for row in rows)

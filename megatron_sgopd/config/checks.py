@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from megatron_sgopd.config.engines import engine_problems, resolve_engine
 from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.evaluation import evaluation_problems
 from megatron_sgopd.config.layout import (
     check_models,
     layout_problems,
@@ -49,6 +50,8 @@ AT_LEAST_ONE = (
     "verifier.num_workers",
     "verifier.memory_mb",
     "evaluation.k",
+    "evaluation.n",
+    "evaluation.top_k",
     "evaluation.during_k",
     "evaluation.bootstrap_samples",
     "evaluation.max_problems",
@@ -103,7 +106,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from _sampling(config)
     yield from _method(config)
     yield from _gate(config)
-    yield from _evaluation(config)
+    yield from evaluation_problems(config)
+    yield from _verifier(config)
     yield from _optimizer(config)
     yield from engine_problems(config)
     yield from layout_problems(config)
@@ -194,8 +198,6 @@ def _sampling(config: Config) -> Iterator[str]:
         yield (
             f"rollout.temperature is {rollout.temperature}; training samples, so it must be above 0"
         )
-    if config.evaluation.temperature < 0:
-        yield f"evaluation.temperature is {config.evaluation.temperature}; 0 (greedy) or above"
     if rollout.stop_token_ids is not None and not rollout.stop_token_ids:
         yield "rollout.stop_token_ids is []; leave it null for the tokenizer's EOS, or name ids"
     if min(rollout.stop_token_ids or [0]) < 0:
@@ -284,13 +286,8 @@ def _lambdas(config: Config) -> Iterator[str]:
         )
 
 
-def _evaluation(config: Config) -> Iterator[str]:
-    e, name = config.evaluation, config.verifier.name
-    if e.every and not (e.data or e.during_data):
-        yield (
-            f"evaluation.every is {e.every} and there is nothing to evaluate on: set "
-            "evaluation.during_data or evaluation.data, or evaluation.every=0"
-        )
+def _verifier(config: Config) -> Iterator[str]:
+    name = config.verifier.name
     if name != "math_verify" and "." not in name.strip("."):
         yield (
             f"verifier.name is {name!r}; 'math_verify', or the dotted path "

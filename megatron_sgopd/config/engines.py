@@ -30,7 +30,8 @@ def engine_problems(config: Config) -> Iterator[str]:
                 "trainer's own ranks and cannot run while they train: set engine vllm, or lag 0"
             )
         return
-    if config.distill.method == "sft" and not config.evaluation.data:
+    evaluated = config.evaluation.data or config.evaluation.benchmarks
+    if config.distill.method == "sft" and not evaluated:
         yield "rollout.engine is 'vllm' with method sft and no evaluation: nothing to generate"
     if rollout.max_policy_lag and vllm.colocated:
         yield (

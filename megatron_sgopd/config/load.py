@@ -65,8 +65,12 @@ for _tag, _pattern in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789."))
 
 
-def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    recipe: str | Path, overrides: Sequence[str] = (), *, unread: Sequence[str] = ()
+) -> Config:
     """The recipe with `section.key=value` overrides applied; types and names checked.
+
+    `unread`: text fields that every recipe must set and this command does not read: "" where unset.
 
     Raises:
         ConfigError: naming file and line or override, key, what came and what is allowed.
@@ -75,6 +79,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     lines = _key_lines(Path(recipe))
     settings = [(key, value, f"{recipe}:{lines[key]}") for key, value in _leaves(tree)]
     settings += [(*_parse_override(text), f"override {text!r}") for text in overrides]
+    settings = [*((key, "", "unread") for key in unread), *settings]
     settings = [(key, _checked(key, value, where), where) for key, value, where in settings]
     config = OmegaConf.merge(OmegaConf.structured(Config), _tree(settings))
     _check_missing(config, str(recipe))

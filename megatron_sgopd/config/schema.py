@@ -200,7 +200,7 @@ class DataConfig:
     solution_field: str = "solution"  # read by `sft` only
     min_difficulty: float | None = None  # keep rows whose `difficulty` is at least this
     shuffle: bool = True
-    chat_template: str | None = None  # null: the tokenizer's own; or a Jinja template
+    chat_template: str | None = None  # null: the tokenizer's own; plain: none; or a Jinja template
     chat_template_kwargs: dict[str, bool] = field(default_factory=dict)  # e.g. enable_thinking
     system_prompt: str | None = None
     prompt_suffix: str = ""
@@ -209,12 +209,19 @@ class DataConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     data: str | None = None  # JSONL or Parquet; null: no evaluation
+    benchmarks: dict[str, str] = field(default_factory=dict)  # NAME: FILE of several, without data
+    problem_field: str | None = None  # null: data.problem_field
+    answer_field: str | None = None  # null: data.answer_field
     every: int = 0  # steps; 0: not during training
     at_start: bool = False
     at_end: bool = True
-    k: int = 8  # samples per problem
-    greedy: bool = True
+    k: int = 8  # of pass@k
+    n: int | None = None  # samples per problem, from k on; null: k
+    greedy: bool = True  # a greedy answer beside them
     temperature: float = 1.0
+    top_p: float = 1.0  # 1 is off; these three truncate in evaluations alone
+    top_k: int | None = None
+    min_p: float = 0.0  # 0 is off
     max_problems: int | None = None
     max_new_tokens: int | None = None  # null: rollout.max_new_tokens
     bootstrap_samples: int = 2000

@@ -1,0 +1,39 @@
+"""`sgopd compare DIR DIR`: two models' evaluations, as paired differences."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_sgopd.cli.common import Commands, add_command
+from megatron_sgopd.config.errors import ConfigError
+
+
+def add(commands: Commands) -> None:
+    text = "compare two evaluations problem by problem: the first less the second"
+    command = add_command(commands, "compare", compare, text)
+    command.add_argument("first", type=Path, metavar="DIR", help="of a finished `sgopd evaluate`")
+    command.add_argument("second", type=Path, metavar="DIR", help="the baseline's")
+    command.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there too")
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Exit code 0: compared; 2: they cannot be."""
+    from megatron_sgopd import scores
+
+    try:
+        found = scores.compare(arguments.first, arguments.second)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for which in ("first", "second"):
+        print(f"{which:<6}  {found[which]['name']}  {found[which]['model']['path']}")
+    print(scores.comparison_table(found))
+    print(
+        "Differences in points, with 95 % bootstrap intervals over problems; they do not hold what "
+        "another seed of a training would change."
+    )
+    for note in found["notes"]:
+        print(f"not the same: {note}")
+    if arguments.json:
+        scores.write_json(arguments.json, found)
+    return 0
