@@ -26,11 +26,17 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_ranks(
-    num_processes: int, arguments: list[str], run_dir: Path, module: str = "megatron_sgopd"
+    num_processes: int,
+    arguments: list[str],
+    run_dir: Path,
+    module: str = "megatron_sgopd",
+    *,
+    stops_on_request: bool = True,
 ) -> int:
     """Runs `python -m MODULE ARGUMENTS` on that many local ranks; the exit code.
 
-    0: finished, or stopped on request with a checkpoint; 1: failed.
+    0: finished, or stopped on request with a checkpoint; 1: failed. Ranks that do not look for a
+    request (`stops_on_request`) are ended by the first signal.
     """
     shutil.rmtree(run_dir / "errors", ignore_errors=True)  # of an earlier attempt
     torchrun = ["--standalone", f"--nproc-per-node={num_processes}", "-m", module, *arguments]
@@ -49,7 +55,7 @@ def run_ranks(
             env=environment,
             start_new_session=True,
         )
-        stopper = _Stopper(agent, run_dir)
+        stopper = _Stopper(agent, run_dir, stops_on_request)
         code = stopper.wait()
         stopper.forget()
     if code < 0:  # torchrun itself was killed, and its ranks with it
@@ -61,12 +67,13 @@ def run_ranks(
 class _Stopper:
     """First SIGINT, SIGTERM or SIGUSR1: ask the ranks to stop; the second SIGINT/SIGTERM: kill."""
 
-    def __init__(self, agent: subprocess.Popen[bytes], run_dir: Path) -> None:
+    def __init__(self, agent: subprocess.Popen[bytes], run_dir: Path, asks: bool) -> None:
         self._agent, self._stop_file, self._asked = agent, run_dir / "STOP", False
+        self._asks = asks
         self._kept = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number != signal.SIGUSR1:
+        if not self._asks or (self._asked and number != signal.SIGUSR1):
             self._agent.kill()
             return
         self._asked = True
