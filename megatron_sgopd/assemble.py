@@ -9,12 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from megatron_sgopd import sgopd
 from megatron_sgopd.benchmarks import Benchmark, load_benchmarks
-from megatron_sgopd.checkpoint import TrainState, list_checkpoints, load_checkpoint
+from megatron_sgopd.checkpoint import Companions, TrainState, load_checkpoint
+from megatron_sgopd.checkpoint_files import RECIPE, list_checkpoints
 from megatron_sgopd.config.evaluation import during_sets, evaluation_sets
 from megatron_sgopd.config.load import to_yaml
 from megatron_sgopd.config.schema import Config
@@ -22,9 +20,11 @@ from megatron_sgopd.engines import make_engine
 from megatron_sgopd.frozen import Frozen
 from megatron_sgopd.hf_files import read_hf_config, resolve_hf_dir
 from megatron_sgopd.hf_weights import iter_hf_weights
+from megatron_sgopd.hf_writer import MARK
 from megatron_sgopd.jobs import Jobs, OnEveryRank, OnFirstRank
 from megatron_sgopd.loss import Objective
 from megatron_sgopd.metrics import MetricsWriter
+from megatron_sgopd.model_card import Origin, mark, origin_of
 from megatron_sgopd.parallel import Groups, any_rank, initialize
 from megatron_sgopd.pending import of_columns
 from megatron_sgopd.preflight import require_agreement
@@ -55,6 +55,7 @@ class Run:
     groups: Groups
     state: TrainState
     tokenizer: Any
+    student_dir: Path  # config, tokenizer
     hf_config: Any
     student: Student
     teacher: Frozen | None
@@ -161,6 +162,19 @@ class Run:
             config = replace(self.config, distill=replace(self.config.distill, gate=gate))
             (self.dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
+    def origin(self) -> Origin:
+        return origin_of(self.config.model.student.hf_path, self.student_dir)
+
+    def recipe(self) -> str:
+        """Resolved, with what was measured."""
+        return (self.dir / "config.yaml").read_text(encoding="utf-8")
+
+    def companions(self) -> Companions | None:
+        """Of its checkpoints, on the rank that writes them."""
+        if not self.is_first:
+            return None
+        return Companions(self.student_dir, {RECIPE: self.recipe(), MARK: mark(self.origin())})
+
     def stop_requested(self) -> bool:
         """Whether any rank got SIGTERM or SIGUSR1, or RUN_DIR/STOP exists. Collective."""
         flag = self.signalled or (self.is_first and (self.dir / "STOP").exists())
@@ -214,8 +228,7 @@ def assemble(config: Config) -> Run:
     require_agreement(config, run_dir)
 
     student_dir = resolve_hf_dir(config.model.student.hf_path)
-    hf_config = read_hf_config(student_dir)
-    tokenizer = load_tokenizer(student_dir)
+    hf_config, tokenizer = read_hf_config(student_dir), load_tokenizer(student_dir)
     stop_ids = config.rollout.stop_token_ids or stop_token_ids(tokenizer, student_dir)
     sampler = make_sampler(config, groups, tokenizer, stop_ids)
     final, during = _benchmarks(config, tokenizer)  # what is wrong with them is said now
@@ -252,6 +265,7 @@ def assemble(config: Config) -> Run:
         groups=groups,
         state=state,
         tokenizer=tokenizer,
+        student_dir=student_dir,
         hf_config=hf_config,
         student=student,
         teacher=teacher,
@@ -299,11 +313,6 @@ def _benchmarks(config: Config, tokenizer: Any) -> tuple[list[Benchmark], list[B
         load_benchmarks(evaluation_sets(e), config, tokenizer, e.max_problems),
         load_benchmarks(during, config, tokenizer, e.during_max_problems),
     )
-
-
-def versions() -> dict[str, str]:
-    """Of the packages a result depends on."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _listen_for_signals(run: Run) -> None:

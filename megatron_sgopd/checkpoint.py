@@ -1,16 +1,15 @@
 """Save and resume: weights, optimizer, schedule, RNG and where the run stands.
 
 Megatron's dist_checkpointing holds the sharded part. A checkpoint is written under a temporary name
-and renamed when it is whole, so that a folder named `step-…` is always complete.
-
-Layout: RUN_DIR/checkpoints/step-00000050/
+and renamed when it is whole, so that a folder named `step-…` is always complete. `checkpoint_files`
+knows what lies in it.
 """
 
 from __future__ import annotations
 
 import queue
-import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_sgopd.checkpoint_files import COMPANIONS, list_checkpoints
+from megatron_sgopd.folders import begin_folder, finish_folder
+from megatron_sgopd.hf_writer import copy_companions
 from megatron_sgopd.student import Student
-
-NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass
@@ -36,33 +36,40 @@ class TrainState:
     world_size: int = 1
     seed: int = 0
     name: str = ""
+    best_step: int | None = None  # of the evaluations during training; its student is in hf_best
+    best_avg_at_k: float | None = None
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name))
+@dataclass(frozen=True)
+class Companions:
+    """What makes a checkpoint self-contained."""
+
+    source: Path  # a Hugging Face directory: config, tokenizer
+    texts: Mapping[str, str]  # other files, by name
 
 
 def save_checkpoint(
-    run_dir: Path, student: Student, state: TrainState, keep: int, pending: Any = None
+    run_dir: Path,
+    student: Student,
+    state: TrainState,
+    keep: int,
+    companions: Companions | None,
+    pending: Any = None,
 ) -> Path:
     """Writes RUN_DIR/checkpoints/step-N and removes all but the newest `keep`. Collective.
 
     `pending`: this replica's rollouts of the next step, where they are there already.
+    `companions`: rank 0's.
     """
     final = checkpoint_path(run_dir, state.step)
-    temporary = final.with_name(final.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+    is_first = dist.get_rank() == 0
+    box = [begin_folder(final) if is_first else None]
+    dist.broadcast_object_list(box, src=0)
+    (temporary,) = box
     # Megatron would start a manager process for this queue, seconds of imports that outlive a rank
     # which is killed. A synchronous save puts and gets in this process: a plain queue will do.
     filesystem_async._results_queue = queue.Queue()
@@ -70,9 +77,10 @@ def save_checkpoint(
         whole = _sharded(student, state, pending, is_loading=False)
         dist_checkpointing.save(whole, str(temporary))
     dist.barrier()  # every rank's shards are on disk before the name says so
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+    if is_first:
+        assert temporary is not None and companions is not None, "rank 0 has them"
+        copy_companions(companions.source, temporary / COMPANIONS, companions.texts)
+        finish_folder(final)
         for old in list_checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()

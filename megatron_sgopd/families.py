@@ -1,4 +1,4 @@
-"""The model families that are supported, and what their Hugging Face configs must say.
+"""The model families that are supported: what their Hugging Face configs must say, their tensors.
 
 A family is a function of few switches: norms of queries and keys, biases of the projections to
 them. What else its config can ask for must have the one value that Megatron's model computes.
@@ -10,7 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ALWAYS = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
+from megatron_sgopd.config.layout import split_layers
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+QKV = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
+QKV_BIAS = tuple(f"self_attn.{x}_proj.bias" for x in "qkv")
+GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+
+ALWAYS = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "is_causal": True,
+    "quantization_config": None,
+    "auto_map": None,  # code of its own, which may compute anything
+}
 ROPE_KEYS = {
     "default": {"rope_type", "rope_theta"},
     "llama3": {
@@ -27,16 +41,20 @@ ROPE_KEYS = {
 @dataclass(frozen=True)
 class Family:
     name: str
+    architecture: str
     qk_norm: bool = False
     qkv_bias: bool = False
     required: Mapping[str, Any] = field(default_factory=dict)  # option -> the supported value
 
 
 FAMILIES = {  # by config.json's model_type
-    "qwen3": Family("Qwen3 dense", qk_norm=True, required={"attention_bias": False}),
-    "qwen2": Family("Qwen2.5", qkv_bias=True),
+    "qwen3": Family(
+        "Qwen3 dense", "Qwen3ForCausalLM", qk_norm=True, required={"attention_bias": False}
+    ),
+    "qwen2": Family("Qwen2.5", "Qwen2ForCausalLM", qkv_bias=True),
     "llama": Family(
         "Llama 3",
+        "LlamaForCausalLM",
         required={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
     ),
 }
@@ -54,6 +72,11 @@ def family_of(hf_config: Any) -> Family:
             f"{', '.join(f'{key!r} ({f.name})' for key, f in FAMILIES.items())}"
         )
     family = FAMILIES[hf_config.model_type]
+    if others := sorted(set(hf_config.architectures or []) - {family.architecture}):
+        raise ValueError(
+            f"config.json has architectures {others[0]!r}; supported for {family.name} is "
+            f"{family.architecture!r}"
+        )
     for name, wanted in {**ALWAYS, **family.required}.items():
         if (got := getattr(hf_config, name, wanted)) != wanted:
             raise ValueError(
@@ -90,3 +113,47 @@ def head_dim(hf_config: Any) -> int:
         getattr(hf_config, "head_dim", None)
         or hf_config.hidden_size // hf_config.num_attention_heads
     )
+
+
+def hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Every tensor a checkpoint of this config must hold (a tied head is not one of them)."""
+    c, d, family = hf_config, head_dim(hf_config), family_of(hf_config)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, c.hidden_size)}
+    for i in range(c.num_hidden_layers):
+        p = f"model.layers.{i}."
+        shapes[p + "input_layernorm.weight"] = (c.hidden_size,)
+        shapes[p + QKV[0]] = (c.num_attention_heads * d, c.hidden_size)
+        shapes[p + QKV[1]] = shapes[p + QKV[2]] = (c.num_key_value_heads * d, c.hidden_size)
+        if family.qkv_bias:
+            shapes[p + QKV_BIAS[0]] = (c.num_attention_heads * d,)
+            shapes[p + QKV_BIAS[1]] = shapes[p + QKV_BIAS[2]] = (c.num_key_value_heads * d,)
+        if family.qk_norm:
+            shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (d,)
+        shapes[p + "self_attn.o_proj.weight"] = (c.hidden_size, c.num_attention_heads * d)
+        shapes[p + "post_attention_layernorm.weight"] = (c.hidden_size,)
+        shapes[p + GATE_UP[0]] = shapes[p + GATE_UP[1]] = (c.intermediate_size, c.hidden_size)
+        shapes[p + "mlp.down_proj.weight"] = (c.hidden_size, c.intermediate_size)
+    shapes["model.norm.weight"] = (c.hidden_size,)
+    if not c.tie_word_embeddings:
+        shapes[HEAD] = (c.vocab_size, c.hidden_size)
+    return shapes
+
+
+def tied_pair(hf_config: Any) -> tuple[str, str] | None:
+    """(head, embedding) where they are one weight."""
+    return (HEAD, EMBEDDING) if hf_config.tie_word_embeddings else None
+
+
+def check_layout(hf_config: Any, tensor_parallel: int, stages: int) -> None:
+    """Whether the model can be cut so.
+
+    Raises:
+        ValueError: naming the size that cannot be shared out.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (size := getattr(hf_config, name)) % tensor_parallel:
+            raise ValueError(
+                f"config.json has {name} {size}, which tensor_model_parallel_size "
+                f"{tensor_parallel} does not divide: lower the latter"
+            )
+    split_layers(hf_config.num_hidden_layers, stages)

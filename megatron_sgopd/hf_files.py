@@ -1,21 +1,38 @@
-"""Hugging Face directories: found, read name by name, and written whole or not at all."""
+"""Hugging Face directories: found, and read tensor by tensor. `hf_writer` writes them."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_SHARD_BYTES = 4 * 2**30
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens*")
-EXTRA_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template*")
+PICKLED_FILE, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "added_tokens*",
+    "*.model",  # sentencepiece's
+    "*.tiktoken",
+)
+CHAT_TEMPLATES = ("chat_template*", "additional_chat_templates")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+# What travels with the weights, beside config.json.
+COMPANIONS = (*TOKENIZER_FILES, *CHAT_TEMPLATES, *LICENCES, "generation_config.json")
+DTYPES = {  # safetensors' names of the types a model may have
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 
 
 def resolve_hf_dir(path: str, *, weights: bool = True) -> Path:
@@ -38,7 +55,8 @@ def resolve_hf_dir(path: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.jinja", *(["*.safetensors"] if weights else [])]
+        patterns = ["*.json", "*.jinja", "README.md", *TOKENIZER_FILES, *LICENCES]
+        patterns += ["*.safetensors"] if weights else []
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:
         raise ValueError(
@@ -57,109 +75,170 @@ def read_hf_config(path: Path) -> Any:
         raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory.
+@dataclass(frozen=True)
+class Entry:
+    """A tensor on disk."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name of it
+
+
+class StoredWeights:
+    """A directory's tensors by name, each read when it is asked for and no earlier.
+
+    Raises:
+        ValueError: no weights, pickled ones, a broken index, a file that is missing, damaged or
+            cut short, or a name that comes twice.
+    """
+
+    def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
+        self.path = path
+        self._pickled: dict[str, Tensor] = {}
+        files = weight_files(path, allow_pickle=allow_pickle)
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            for name, entry in self._entries_of(file):
+                if name in self.entries:
+                    raise ValueError(f"{name} is in {path} twice")
+                self.entries[name] = entry
+
+    def get(self, name: str) -> Tensor:
+        """The tensor; the file is mapped into memory for as long as it lives."""
+        if name in self._pickled:
+            return self._pickled[name]
+        file = self.entries[name].file
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut short: {error}") from error
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of all, one in memory at a time."""
+        return ((name, self.get(name)) for name in self.entries)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors.
+
+        Raises:
+            ValueError: a type that no model here has, or several of them.
+        """
+        found = {entry.dtype: name for name, entry in self.entries.items()}
+        if strange := sorted(set(found) - set(DTYPES)):
+            raise ValueError(
+                f"{self.path}: {found[strange[0]]!r} has the type {strange[0]}, of quantised "
+                f"weights or other data; supported are {', '.join(DTYPES)}"
+            )
+        if len(found) > 1:
+            kinds = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(found.items()))
+            raise ValueError(
+                f"{self.path} holds tensors of several types: {kinds}. A model here has one: "
+                "choose it with --dtype (float32 loses nothing)"
+            )
+        return DTYPES[next(iter(found))]
+
+    def check(
+        self, shapes: Mapping[str, tuple[int, ...]], tied: tuple[str, str] | None = None
+    ) -> None:
+        """Whether exactly these tensors are there.
+
+        `tied`: (head, embedding) of a tied model, whose head some writers store a second time.
+
+        Raises:
+            ValueError: a missing, unknown or misshapen tensor, or a tied head of its own, by name.
+        """
+        for name, entry in self.entries.items():
+            if tied is None or name != tied[0]:
+                check_tensor(name, entry.shape, shapes, str(self.path))
+        check_none_missing(self.entries, shapes, str(self.path))
+        if tied is not None and tied[0] in self.entries:
+            head, embedding = map(self.get, tied)
+            if not torch.equal(head, embedding):
+                raise ValueError(
+                    f"{self.path}: config.json has tie_word_embeddings true, and {tied[0]!r} is "
+                    f"not {tied[1]!r}: set it to false to keep the head"
+                )
+
+    def _entries_of(self, file: Path) -> Iterator[tuple[str, Entry]]:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                        part = tensors.get_slice(name)
+                        yield name, Entry(file, tuple(part.get_shape()), part.get_dtype())
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged or cut short: {error}") from error
+            return
+        try:  # weights_only: plain tensors and nothing that runs
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read as plain tensors: {error}") from error
+        codes = {dtype: code for code, dtype in DTYPES.items()}
+        for name, tensor in tensors.items():
+            self._pickled[name] = tensor
+            yield name, Entry(file, tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
+
+
+def check_tensor(
+    name: str, shape: tuple[int, ...], expected: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    if name not in expected:
+        raise ValueError(f"{source} holds {name!r}, which this architecture does not have")
+    if shape != expected[name]:
+        raise ValueError(f"{source}: {name!r} has shape {shape}, config.json says {expected[name]}")
+
+
+def check_none_missing(
+    seen: Mapping[str, Any] | set[str], expected: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    if missing := sorted(set(expected) - set(seen)):
+        raise ValueError(f"{source} lacks {missing[0]!r} ({len(missing)} tensors are missing)")
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a vocabulary is there; tokenizer_config.json alone is none."""
+    vocabularies = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
+    return any(file.is_file() for pattern in vocabularies for file in path.glob(pattern))
+
+
+def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
+    """The safetensors files of a directory, or its pickled ones where they are allowed.
 
     Raises:
         ValueError: none, only pickled weights, a broken index, or a file it names is missing.
     """
     if (path / INDEX).is_file():
-        try:
-            weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path / INDEX} is not an index of safetensors files ({error!r})"
-            ) from error
-        if absent := [n for n in names if not (path / n).is_file()]:
-            raise ValueError(f"{path / INDEX} names {absent[0]}, which is missing")
-        return [path / n for n in names]
+        return _indexed(path, INDEX, "safetensors")
     if (path / ONE_FILE).is_file():
         return [path / ONE_FILE]
-    if pickled := sorted(path.glob("*.bin")) + sorted(path.glob("*.pt")):
+    pickled = sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))
+    if allow_pickle and (path / PICKLED_INDEX).is_file():
+        return _indexed(path, PICKLED_INDEX, "pickled")
+    if allow_pickle and (path / PICKLED_FILE).is_file():
+        return [path / PICKLED_FILE]
+    if pickled and not allow_pickle:
         raise ValueError(
             f"{path} holds pickled weights only ({pickled[0].name}), which can run code when read: "
-            "convert them to safetensors"
+            "convert them to safetensors (tools/hf_to_megatron.py --allow-pickle reads plain "
+            f"tensors from {PICKLED_FILE}, and tools/megatron_to_hf.py writes safetensors)"
         )
     raise ValueError(f"{path} holds no weights: {ONE_FILE} or {INDEX} is missing")
 
 
+def _indexed(path: Path, index: str, kind: str) -> list[Path]:
+    try:
+        weight_map = json.loads((path / index).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / index} is not an index of {kind} files ({error!r})") from error
+    if absent := [n for n in names if not (path / n).is_file()]:
+        raise ValueError(f"{path / index} names {absent[0]}, which is missing")
+    return [path / n for n in names]
+
+
 def iter_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a directory's weights, one in memory at a time.
-
-    Raises:
-        ValueError: a truncated or damaged file, or a name that comes twice.
-    """
-    seen: set[str] = set()
-    for file in weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if name in seen:
-                        raise ValueError(f"{name} is in {path} twice")
-                    seen.add(name)
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or cut short: {error}") from error
-
-
-def write_hf_dir(
-    path: Path,
-    config: Any,
-    weights: Iterable[tuple[str, Tensor]],
-    extra_files_from: Path,
-    *,
-    writes: bool = True,
-) -> None:
-    """Writes config, weights and the source's tokenizer files; the folder appears whole.
-
-    `weights` may be collective, so every rank calls this and reads it to the end; only the rank
-    with `writes` touches the disk. Memory: one shard of at most MAX_SHARD_BYTES.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    shard: dict[str, Tensor] = {}
-    shards: list[list[str]] = []
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal size
-        if shard:
-            save_file(shard, temporary / f"shard-{len(shards)}.tmp", metadata={"format": "pt"})
-            shards.append(list(shard))
-            shard.clear()
-        size = 0
-
-    for name, tensor in weights:
-        if not writes:
-            continue
-        bytes_ = tensor.numel() * tensor.element_size()
-        if size + bytes_ > MAX_SHARD_BYTES:
-            flush()
-        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        size, total = size + bytes_, total + bytes_
-    if not writes:
-        return
-    flush()
-    _name_shards(temporary, shards, total)
-    config.save_pretrained(temporary)
-    for pattern in EXTRA_FILES:
-        for file in extra_files_from.glob(pattern):
-            shutil.copy2(file, temporary / file.name)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    if len(shards) == 1:
-        (folder / "shard-0.tmp").rename(folder / ONE_FILE)
-        return
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}.tmp").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    """(name, tensor) of a directory's weights, one in memory at a time; see `StoredWeights`."""
+    yield from StoredWeights(path)

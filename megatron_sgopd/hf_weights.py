@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sgopd.families import family_of, head_dim
-from megatron_sgopd.hf_files import iter_safetensors
+from megatron_sgopd.families import (
+    EMBEDDING,
+    GATE_UP,
+    HEAD,
+    QKV,
+    QKV_BIAS,
+    head_dim,
+    hf_shapes,
+    tied_pair,
+)
+from megatron_sgopd.hf_files import StoredWeights, check_none_missing, check_tensor
 from megatron_sgopd.model import ShardedModel
 from megatron_sgopd.parallel import gather_objects
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# This rank's tensors of these Megatron parameters.
+Fetch = Callable[[Sequence[str]], Mapping[str, Tensor]]
 # Megatron name -> (Hugging Face names, dimension cut over TP); inside a layer without its prefix.
 TOP = {
     "embedding.word_embeddings.weight": ((EMBEDDING,), 0),
     "decoder.final_layernorm.weight": (("model.norm.weight",), None),
     "output_layer.weight": ((HEAD,), 0),
 }
-QKV = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
-QKV_BIAS = tuple(f"self_attn.{x}_proj.bias" for x in "qkv")
-GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 LAYER: dict[str, tuple[tuple[str, ...], int | None]] = {
     "input_layernorm.weight": (("input_layernorm.weight",), None),
     "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), None),
@@ -63,30 +71,6 @@ def hf_names(megatron_name: str) -> tuple[tuple[str, ...], int | None]:
     return tuple(prefix + n for n in names), dim
 
 
-def hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Every tensor a checkpoint of this config must hold (a tied head is not one of them)."""
-    c, d, family = hf_config, head_dim(hf_config), family_of(hf_config)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, c.hidden_size)}
-    for i in range(c.num_hidden_layers):
-        p = f"model.layers.{i}."
-        shapes[p + "input_layernorm.weight"] = (c.hidden_size,)
-        shapes[p + QKV[0]] = (c.num_attention_heads * d, c.hidden_size)
-        shapes[p + QKV[1]] = shapes[p + QKV[2]] = (c.num_key_value_heads * d, c.hidden_size)
-        if family.qkv_bias:
-            shapes[p + QKV_BIAS[0]] = (c.num_attention_heads * d,)
-            shapes[p + QKV_BIAS[1]] = shapes[p + QKV_BIAS[2]] = (c.num_key_value_heads * d,)
-        if family.qk_norm:
-            shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (d,)
-        shapes[p + "self_attn.o_proj.weight"] = (c.hidden_size, c.num_attention_heads * d)
-        shapes[p + "post_attention_layernorm.weight"] = (c.hidden_size,)
-        shapes[p + GATE_UP[0]] = shapes[p + GATE_UP[1]] = (c.intermediate_size, c.hidden_size)
-        shapes[p + "mlp.down_proj.weight"] = (c.hidden_size, c.intermediate_size)
-    shapes["model.norm.weight"] = (c.hidden_size,)
-    if not c.tie_word_embeddings:
-        shapes[HEAD] = (c.vocab_size, c.hidden_size)
-    return shapes
-
-
 # -- Hugging Face -> Megatron ----------------------------------------------------------------------
 
 
@@ -96,7 +80,9 @@ def load_hf_weights(model: ShardedModel, path: Path) -> None:
     Raises:
         ValueError: a missing, unknown or misshapen tensor, by name.
     """
-    load_stream(model, iter_safetensors(path), source=str(path))
+    stored = StoredWeights(path)
+    stored.check(hf_shapes(model.hf_config), tied_pair(model.hf_config))
+    load_stream(model, stored, source=str(path))
 
 
 def init_random_weights(model: ShardedModel, seed: int) -> None:
@@ -125,7 +111,7 @@ def load_stream(model: ShardedModel, stream: Iterable[tuple[str, Tensor]], sourc
     """Consumes (name, full tensor) pairs in any order, each name exactly once."""
     expected = hf_shapes(model.hf_config)
     waiting = {
-        name: (p, *_sources(name, tied=model.hf_config.tie_word_embeddings))
+        name: (p, *source_names(name, tied=model.hf_config.tie_word_embeddings))
         for name, p in model.named_parameters()
     }
     wanted = {n for _, names, _ in waiting.values() for n in names}  # on this pipeline stage
@@ -134,13 +120,7 @@ def load_stream(model: ShardedModel, stream: Iterable[tuple[str, Tensor]], sourc
     for name, tensor in stream:
         if name == HEAD and model.hf_config.tie_word_embeddings:
             continue  # some writers store the tied head a second time
-        if name not in expected:
-            raise ValueError(f"{source} holds {name!r}, which this architecture does not have")
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(
-                f"{source}: {name!r} has shape {tuple(tensor.shape)}, config.json says "
-                f"{expected[name]}"
-            )
+        check_tensor(name, tuple(tensor.shape), expected, source)
         if name in seen:
             raise ValueError(f"{source} holds {name!r} twice")
         seen.add(name)
@@ -153,12 +133,11 @@ def load_stream(model: ShardedModel, stream: Iterable[tuple[str, Tensor]], sourc
             parameter.copy_(_to_shard([held[n] for n in names], names, dim, model, parameter))
         still = {n for _, names, _ in waiting.values() for n in names}
         held = {n: t for n, t in held.items() if n in still}
-    if missing := sorted(set(expected) - seen):
-        raise ValueError(f"{source} lacks {missing[0]!r} ({len(missing)} tensors are missing)")
+    check_none_missing(seen, expected, source)
     assert not waiting, f"no tensor came for {sorted(waiting)}"
 
 
-def _sources(megatron_name: str, *, tied: bool) -> tuple[tuple[str, ...], int | None]:
+def source_names(megatron_name: str, *, tied: bool) -> tuple[tuple[str, ...], int | None]:
     """`hf_names`, with a tied head read from the embedding."""
     names, dim = hf_names(megatron_name)
     return ((EMBEDDING,), dim) if tied and names == (HEAD,) else (names, dim)
@@ -177,15 +156,25 @@ def _to_shard(
     def cut(x: Tensor) -> Tensor:
         return x if dim is None else x.chunk(groups.tp_size, dim)[groups.tp_rank]
 
-    if len(parts) == 3:
-        return cut(_interleave_qkv(parts, model.hf_config))
     if len(parts) == 2:
         return torch.cat([cut(x) for x in parts])
+    rows = like.shape[0] * (groups.tp_size if dim == 0 else 1)
+    return cut(join_parts(parts, names, rows, model.hf_config))
+
+
+def join_parts(parts: list[Tensor], names: tuple[str, ...], rows: int, hf_config: Any) -> Tensor:
+    """The parameter of all TP ranks together, as Megatron's checkpoints hold it.
+
+    `rows`: with those that pad the vocabulary, zeros.
+    """
+    if len(parts) == 3:
+        return _interleave_qkv(parts, hf_config)
+    if len(parts) == 2:
+        return torch.cat(parts)
     (whole,) = parts
-    padded_rows = like.shape[0] * groups.tp_size
-    if names[0] in (EMBEDDING, HEAD) and (pad := padded_rows - whole.shape[0]):
-        whole = torch.cat([whole, whole.new_zeros(pad, whole.shape[1])])
-    return cut(whole)
+    if names[0] in (EMBEDDING, HEAD) and (pad := rows - whole.shape[0]):
+        return torch.cat([whole, whole.new_zeros(pad, whole.shape[1])])
+    return whole
 
 
 def _interleave_qkv(qkv: list[Tensor], hf_config: Any) -> Tensor:
@@ -205,39 +194,48 @@ def _split_qkv(fused: Tensor, index: int, hf_config: Any) -> Tensor:
 
 
 @torch.no_grad()
-def iter_hf_weights(model: ShardedModel) -> Iterator[tuple[str, Tensor]]:
+def iter_hf_weights(
+    model: ShardedModel, fetch: Fetch | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) of every Hugging Face weight, once, the same on every rank.
 
     Collective over the model's ranks: each must read it to the end. Padded vocabulary rows are cut
-    off; a tied head is not a weight of its own. Memory: one parameter at a time.
+    off; a tied head is not a weight of its own. Memory: one parameter at a time, or what `fetch`
+    brings of a layer.
     """
     groups, shapes = model.groups, hf_shapes(model.hf_config)
     mine = dict(model.named_parameters())
+    fetch = fetch or (lambda names: {name: mine[name] for name in names})
     # What lies on which stage: a tied head counts as the first stage's embedding.
     held = gather_objects([(name, p.dtype) for name, p in mine.items()], groups.pp_group)
     places = [(stage, *entry) for stage, entries in enumerate(held) for entry in entries]
-    for stage, name, dtype in sorted(places, key=lambda place: _depth(place[1])):
-        names, dim = hf_names(name)
-        if names[0] not in shapes:
-            continue
-        here = mine[name].detach() if stage == groups.pp_rank else None
-        shards = None if here is None else _all_shards(here, model, cut=dim is not None)
-        for i, hf_name in enumerate(names):  # one by one: a copy beside its parameter's shards
-            if shards is not None:
-                tensor = _from_shards(shards, i, names, dim, model)
-            else:
-                tensor = torch.empty(shapes[hf_name], dtype=dtype, device=groups.device)
-            yield hf_name, _from_stage(tensor, stage, groups.pp_group)
-            del tensor
-        del shards
+    wanted = [place for place in places if hf_names(place[1])[0][0] in shapes]
+    for _, layer in groupby(sorted(wanted, key=_depth), key=_depth):
+        at_depth = list(layer)
+        here = fetch([name for stage, name, _ in at_depth if stage == groups.pp_rank])
+        for stage, name, dtype in at_depth:
+            names, dim = hf_names(name)
+            shards = None
+            if stage == groups.pp_rank:
+                shards = _all_shards(here[name].detach(), model, cut=dim is not None)
+            for i, hf_name in enumerate(names):  # one by one: a copy beside its parameter's shards
+                if shards is not None:
+                    tensor = _from_shards(shards, i, names, dim, model)
+                else:
+                    tensor = torch.empty(shapes[hf_name], dtype=dtype, device=groups.device)
+                yield hf_name, _from_stage(tensor, stage, groups.pp_group)
+                del tensor
+            del shards
+        del here  # before the next layer's
 
 
-def _depth(megatron_name: str) -> tuple[int, int]:
+def _depth(place: tuple[int, str, torch.dtype]) -> tuple[int, int]:
     """Sorts parameters from the embedding to the head, whatever stage they are on."""
-    layer = re.search(r"layers\.(\d+)\.", megatron_name)
+    _, name, _ = place
+    layer = re.search(r"layers\.(\d+)\.", name)
     if layer is not None:
         return 1, int(layer[1])
-    return (0 if megatron_name.startswith("embedding") else 2), 0
+    return (0 if name.startswith("embedding") else 2), 0
 
 
 def _from_stage(tensor: Tensor, stage: int, pp_group: dist.ProcessGroup) -> Tensor:

@@ -30,11 +30,12 @@ def run_ranks(
     arguments: list[str],
     run_dir: Path,
     module: str = "megatron_sgopd",
-    stopping: str = "stopping after this step, with a checkpoint",
+    stopping: str | None = "stopping after this step, with a checkpoint",
 ) -> int:
     """Runs `python -m MODULE ARGUMENTS` on that many local ranks; the exit code.
 
-    `stopping` is said when a signal asks for the end.
+    `stopping` is said when a signal asks for the end; None: of ranks that do not look for such a
+    request, the first signal ends them.
 
     0: finished, or stopped on request with a checkpoint; 1: failed.
     """
@@ -67,13 +68,13 @@ def run_ranks(
 class _Stopper:
     """First SIGINT, SIGTERM or SIGUSR1: ask the ranks to stop; the second SIGINT/SIGTERM: kill."""
 
-    def __init__(self, agent: subprocess.Popen[bytes], run_dir: Path, stopping: str) -> None:
+    def __init__(self, agent: subprocess.Popen[bytes], run_dir: Path, stopping: str | None) -> None:
         self._stopping = stopping
         self._agent, self._stop_file, self._asked = agent, run_dir / "STOP", False
         self._kept = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number != signal.SIGUSR1:
+        if self._stopping is None or (self._asked and number != signal.SIGUSR1):
             self._agent.kill()
             return
         self._asked = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_sgopd.config.layout import padded_vocab_size, recompute_problem, split_layers
 from megatron_sgopd.config.schema import ParallelConfig
-from megatron_sgopd.families import family_of, head_dim
+from megatron_sgopd.families import check_layout, family_of, head_dim
 from megatron_sgopd.layer_spec import block_spec
 from megatron_sgopd.packing import MicroBatch
 from megatron_sgopd.parallel import Groups
@@ -93,7 +93,7 @@ class ShardedModel:
         """
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
-                yield _global_name(name, chunk.first_layer), parameter
+                yield global_name(name, chunk.first_layer), parameter
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         for _, parameter in self.named_parameters():
@@ -108,17 +108,19 @@ def build_model(
     transformer_impl: str = "local",
     trainable: bool,
     shared_vocab_size: int | None = None,
+    hollow: bool = False,
 ) -> ShardedModel:
     """This rank's part of the model of a Hugging Face config, its weights not yet loaded.
 
     Vocabulary rows from `shared_vocab_size` on (None: the model has no others) enter no softmax.
+    `hollow`: its matrices have shapes and take no memory, for what reads and writes checkpoints.
 
     Raises:
         ValueError: an architecture, option or size that does not fit, by name.
     """
     family = family_of(hf_config)
-    _check_divisible(hf_config, groups)
     stages = groups.pp_size * (groups.config.virtual_pipeline_model_parallel_size or 1)
+    check_layout(hf_config, groups.tp_size, stages)
     per_stage = split_layers(hf_config.num_hidden_layers, stages)
     if trainable and (problem := recompute_problem(groups.config, hf_config.num_hidden_layers)):
         raise ValueError(problem)
@@ -126,27 +128,28 @@ def build_model(
     for virtual in range(stages // groups.pp_size):
         stage = virtual * groups.pp_size + groups.pp_rank
         config = transformer_config(hf_config, groups, dtype, trainable=trainable)
-        chunk = DistillationGPTModel(
-            config,
-            block_spec(per_stage[stage], transformer_impl, qk_norm=family.qk_norm),
-            vocab_size=padded_vocab_size(
-                hf_config.vocab_size, groups.config.make_vocab_size_divisible_by, groups.tp_size
-            ),
-            max_sequence_length=hf_config.max_position_embeddings,
-            pre_process=stage == 0,
-            post_process=stage == stages - 1,
-            parallel_output=True,
-            share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
-            position_embedding_type="rope",
-            rotary_base=int(hf_config.rope_parameters["rope_theta"]),
-            pg_collection=groups.collection,
-            vp_stage=virtual,
-        )
+        multiple = groups.config.make_vocab_size_divisible_by
+        with torch.device("meta") if hollow else nullcontext():
+            chunk = DistillationGPTModel(
+                config,
+                block_spec(per_stage[stage], transformer_impl, qk_norm=family.qk_norm),
+                vocab_size=padded_vocab_size(hf_config.vocab_size, multiple, groups.tp_size),
+                max_sequence_length=hf_config.max_position_embeddings,
+                pre_process=stage == 0,
+                post_process=stage == stages - 1,
+                parallel_output=True,
+                share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+                position_embedding_type="rope",
+                rotary_base=int(hf_config.rope_parameters["rope_theta"]),
+                pg_collection=groups.collection,
+                vp_stage=virtual,
+            )
         chunk.first_layer = sum(per_stage[:stage])
         if not trainable:
             chunk.requires_grad_(False)
             chunk.eval()
-        chunk = chunk.to(groups.device)
+        if not hollow:
+            chunk = chunk.to(groups.device)
         if hf_config.rope_parameters.get("rope_type", "default") == "llama3":
             # Megatron's own scaling knows Llama 3.1's numbers only.
             frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](hf_config, groups.device)
@@ -272,15 +275,6 @@ def _layer_layout(num_layers: int, groups: Groups) -> _LayerLayout | None:
     return _LayerLayout([["embedding", *rows[0]], *rows[1:-1], [*rows[-1], "loss"]], groups)
 
 
-def _global_name(name: str, first_layer: int) -> str:
+def global_name(name: str, first_layer: int) -> str:
     match = re.fullmatch(r"(decoder\.layers\.)(\d+)(\..+)", name)
     return name if match is None else f"{match[1]}{int(match[2]) + first_layer}{match[3]}"
-
-
-def _check_divisible(hf_config: Any, groups: Groups) -> None:
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if (size := getattr(hf_config, name)) % groups.tp_size:
-            raise ValueError(
-                f"config.json has {name} {size}, which tensor_model_parallel_size "
-                f"{groups.tp_size} does not divide: lower the latter"
-            )

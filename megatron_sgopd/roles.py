@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_sgopd.config.schema import Config, FrozenConfig
+from megatron_sgopd.families import EMBEDDING, HEAD
 from megatron_sgopd.frozen import Frozen
 from megatron_sgopd.hf_files import iter_safetensors, read_hf_config, resolve_hf_dir
-from megatron_sgopd.hf_weights import (
-    EMBEDDING,
-    HEAD,
-    init_random_weights,
-    load_hf_weights,
-    load_stream,
-)
+from megatron_sgopd.hf_weights import init_random_weights, load_hf_weights, load_stream
 from megatron_sgopd.loss import Objective
 from megatron_sgopd.model import ShardedModel, build_model
 from megatron_sgopd.parallel import Groups, inner_groups

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd import sgopd
-from megatron_sgopd.assemble import Run, assemble, versions
+from megatron_sgopd.assemble import Run, assemble
 from megatron_sgopd.checkpoint import save_checkpoint
 from megatron_sgopd.config.evaluation import samples_per_problem
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.evaluate import evaluate, tasks_of
 from megatron_sgopd.failure import failing_together
-from megatron_sgopd.hf_files import resolve_hf_dir, write_hf_dir
+from megatron_sgopd.families import hf_shapes
 from megatron_sgopd.hf_weights import iter_hf_weights
+from megatron_sgopd.hf_writer import MARK, README, write_hf_dir
 from megatron_sgopd.metrics import Clock, peak_memory, progress_bar, reduced_means
+from megatron_sgopd.model_card import mark, model_card
 from megatron_sgopd.pending import to_columns
 from megatron_sgopd.rollout import (
     Batch,
@@ -38,6 +40,7 @@ from megatron_sgopd.samples import write_lines
 from megatron_sgopd.statistics import summarize, summarize_benchmarks
 from megatron_sgopd.train_step import measure_tie_width, train_step
 from megatron_sgopd.types import EngineLost
+from megatron_sgopd.versions import installed
 from megatron_sgopd.weight_sync import StaleWeights
 
 
@@ -81,9 +84,10 @@ def train(config: Config) -> None:
             if run.engine is not None:
                 with clock.span("push_weights"):
                     metrics |= run.push_weights()
-            if due(state.step, config.evaluation.every) and state.step < config.num_steps:
+            if due(state.step, config.evaluation.every):
                 with clock.span("evaluate"):
                     metrics |= evaluate_during(run)
+                    keep_best(run, metrics)
             run.log(clock.take("step") | batch.seconds)
             if due(state.step, config.checkpoint.every) and state.step < config.num_steps:
                 save(run)
@@ -100,7 +104,8 @@ def checkpoint_when_engines_are_lost(run: Run) -> Iterator[None]:
         yield
     except (EngineLost, StaleWeights) as error:  # on every rank
         run.log({})  # the step whose weights could not be pushed
-        path = save_checkpoint(run.dir, run.student, run.state, run.config.checkpoint.keep)
+        keep = run.config.checkpoint.keep
+        path = save_checkpoint(run.dir, run.student, run.state, keep, run.companions())
         message = f"{error}. {path} has what was trained: train again to resume"
         raise type(error)(message) from error
 
@@ -136,7 +141,8 @@ def save(run: Run) -> Path:
         batch = run.jobs.result()
         run.jobs.hand_back(batch)
         pending = to_columns(batch)
-    return save_checkpoint(run.dir, run.student, run.state, run.config.checkpoint.keep, pending)
+    keep = run.config.checkpoint.keep
+    return save_checkpoint(run.dir, run.student, run.state, keep, run.companions(), pending)
 
 
 def make_batch(run: Run, step: int) -> Batch:
@@ -172,6 +178,42 @@ def evaluate_during(run: Run) -> dict[str, float]:
         return {}
     records = evaluate(run.sampler, run.engine, sets, n=k, greedy=False, jobs=run.jobs)
     return {"evaluation/avg_at_k": float(summarize(records)["avg_at_k"])}
+
+
+def keep_best(run: Run, metrics: dict[str, float]) -> None:
+    """The student as a Hugging Face directory where it is better than all before. Collective."""
+    state, score = run.state, metrics.get("evaluation/avg_at_k")
+    if score is None or not run.config.checkpoint.save_hf_best:
+        return
+    if state.best_avg_at_k is None or score > state.best_avg_at_k:
+        state.best_step, state.best_avg_at_k = state.step, score
+        export(run, "hf_best", {"best": best(run)})
+
+
+def best(run: Run) -> dict[str, Any] | None:
+    """Which evaluation during training was the best, for summary and model card."""
+    state, k = run.state, run.config.evaluation.during_k
+    if state.best_step is None:
+        return None
+    return {"step": state.best_step, "avg_at_k": state.best_avg_at_k, "k": k}
+
+
+def export(run: Run, folder: str, results: dict[str, Any]) -> None:
+    """The student to RUN_DIR/FOLDER as a Hugging Face directory. Collective."""
+    model = run.student.model
+    write_hf_dir(
+        run.dir / folder,
+        run.student_dir,
+        iter_hf_weights(model),
+        hf_shapes(run.hf_config),
+        model.dtype,
+        texts={README: card(run, results), MARK: mark(run.origin())} if run.is_first else None,
+        writes=run.is_first,
+    )
+
+
+def card(run: Run, results: dict[str, Any]) -> str:
+    return model_card(run.origin(), recipe=run.recipe(), step=run.state.step, results=results)
 
 
 def evaluate_and_write(run: Run, name: str) -> dict[str, Any]:
@@ -212,9 +254,7 @@ def finish(run: Run, seconds: float) -> None:
         run.close()
         return
     if config.checkpoint.save_hf:
-        weights = iter_hf_weights(run.student.model)
-        source = resolve_hf_dir(config.model.student.hf_path)
-        write_hf_dir(run.dir / "hf", run.hf_config, weights, source, writes=run.is_first)
+        export(run, "hf", {})
     results = evaluate_and_write(run, "final") if config.evaluation.at_end else {}
     if run.is_first:
         summary = {
@@ -229,11 +269,14 @@ def finish(run: Run, seconds: float) -> None:
             "teacher_avg_at_k": None,  # a run does not evaluate its teacher
             "engine": run.engine.name if run.engine else None,
             "engine_version": run.engine.version if run.engine else None,
-            "versions": versions(),
+            "versions": {package: installed(package) for package in ("torch", "transformers")},
             "gate_eps": state.gate_eps,
+            "best": best(run),
             **results,
         }
         (run.dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        if config.checkpoint.save_hf:
+            (run.dir / "hf" / README).write_text(card(run, summary), encoding="utf-8")
     run.set_status("finished")
     run.close()
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_sgopd.embedded_engine import EmbeddedEngine
-from megatron_sgopd.hf_files import iter_safetensors, read_hf_config, write_hf_dir
+from megatron_sgopd.families import hf_shapes
+from megatron_sgopd.hf_files import iter_safetensors, read_hf_config
 from megatron_sgopd.hf_weights import (
     hf_names,
     init_random_weights,
@@ -23,6 +24,7 @@ from megatron_sgopd.hf_weights import (
     load_hf_weights,
     load_stream,
 )
+from megatron_sgopd.hf_writer import write_hf_dir
 from megatron_sgopd.metrics import reduced_means
 from megatron_sgopd.model import ShardedModel, build_model
 from megatron_sgopd.parallel import Groups, inner_groups
@@ -180,7 +182,8 @@ def round_trip(
         load_hf_weights(model, Path(path))
         if out is not None:
             stream = iter_hf_weights(model)
-            write_hf_dir(Path(out), model.hf_config, stream, Path(path), writes=groups.rank == 0)
+            shapes, first = hf_shapes(model.hf_config), groups.rank == 0
+            write_hf_dir(Path(out), Path(path), stream, shapes, dtype, writes=first)
             dist.barrier()
         return digests(iter_hf_weights(model))
 

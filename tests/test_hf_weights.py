@@ -14,15 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_sgopd import hf_files
+from megatron_sgopd.families import hf_shapes
 from megatron_sgopd.hf_files import (
+    INDEX,
+    StoredWeights,
     iter_safetensors,
     read_hf_config,
     resolve_hf_dir,
     weight_files,
-    write_hf_dir,
 )
-from megatron_sgopd.hf_weights import hf_names, hf_shapes
+from megatron_sgopd.hf_weights import hf_names
+from megatron_sgopd.hf_writer import write_hf_dir
 from tests import model_cases
 from tests.model_cases import digests
 from tests.tiny import make_hf_dir
@@ -199,65 +201,64 @@ def logits(path: Path) -> Tensor:
         return model(torch.arange(12)[None]).logits
 
 
-@pytest.mark.parametrize("shard_bytes", [None, 40_000])
+def write(out: Path, source: Path, stream: Any = None, **options: Any) -> None:
+    """Writes `out` from the weights of `source`, or from a stream in their place."""
+    shapes, stored = hf_shapes(read_hf_config(source)), StoredWeights(source)
+    write_hf_dir(out, source, stored if stream is None else stream, shapes, stored.dtype, **options)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_written_directory_opens_in_transformers(
-    name: str,
-    shard_bytes: int | None,
-    paths: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, shard_bytes: int, paths: dict[str, Path], tmp_path: Path
 ) -> None:
-    if shard_bytes is not None:
-        monkeypatch.setattr(hf_files, "MAX_SHARD_BYTES", shard_bytes)
     source, out = paths[name], tmp_path / "out"
     (source / "tokenizer.json").write_text("{}")
     (source / "generation_config.json").write_text('{"eos_token_id": 3}')
-    write_hf_dir(out, read_hf_config(source), iter_safetensors(source), source)
+    write(out, source, max_shard_bytes=shard_bytes)
     assert torch.equal(logits(out), logits(source))
     assert sorted(digests(iter_safetensors(out))) == sorted(digests(iter_safetensors(source)))
     files = weight_files(out)
-    assert (len(files) > 2) == (shard_bytes is not None)
-    if shard_bytes is not None:
+    assert (len(files) > 2) == (shard_bytes == 40_000)
+    if shard_bytes == 40_000:
         largest = max(t.numel() * t.element_size() for _, t in iter_safetensors(source))
         assert max(f.stat().st_size for f in files) < max(shard_bytes, largest) + 4000
-        total = json.loads((out / hf_files.INDEX).read_text())["metadata"]["total_size"]
+        total = json.loads((out / INDEX).read_text())["metadata"]["total_size"]
         assert total == sum(t.numel() * t.element_size() for _, t in iter_safetensors(source))
     assert (out / "tokenizer.json").read_text() == "{}"
     assert (out / "generation_config.json").read_text() == '{"eos_token_id": 3}'
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def failing(source: Path, after: int = 3) -> Iterator[tuple[str, Tensor]]:
+    for i, pair in enumerate(iter_safetensors(source)):
+        if i == after:
+            raise RuntimeError("the disk is full")
+        yield pair
+
+
 def test_writing_is_whole_or_not_at_all(paths: dict[str, Path], tmp_path: Path) -> None:
     source, out = paths["untied"], tmp_path / "out"
 
-    def fails(after: int) -> Iterator[tuple[str, Tensor]]:
-        for i, pair in enumerate(iter_safetensors(source)):
-            if i == after:
-                raise RuntimeError("the disk is full")
-            yield pair
-
     with pytest.raises(RuntimeError, match="the disk is full"):
-        write_hf_dir(out, read_hf_config(source), fails(3), source)
+        write(out, source, failing(source))
     assert not out.exists()
-    (tmp_path / "out.tmp" / "left_over").touch()  # of the killed attempt
-    write_hf_dir(out, read_hf_config(source), iter_safetensors(source), source)
+    (begun,) = tmp_path.iterdir()
+    (begun / "left_over").touch()  # of the killed attempt
+    write(out, source)
     before = sorted(digests(iter_safetensors(out)))
     assert not (out / "left_over").exists()
     with pytest.raises(RuntimeError, match="the disk is full"):
-        write_hf_dir(out, read_hf_config(paths["tied"]), fails(3), source)
+        write(out, source, failing(source))
     assert sorted(digests(iter_safetensors(out))) == before
     assert read_hf_config(out).tie_word_embeddings is False
 
 
-def test_a_new_write_replaces_the_old_folder(
-    paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_write_replaces_the_old_folder(paths: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     for name in ("untied", "tied"):
-        monkeypatch.setattr(hf_files, "MAX_SHARD_BYTES", 40_000 if name == "untied" else 10**9)
         source = paths[name]
-        write_hf_dir(out, read_hf_config(source), iter_safetensors(source), source)
+        write(out, source, max_shard_bytes=40_000 if name == "untied" else 10**9)
         assert sorted(digests(iter_safetensors(out))) == sorted(digests(iter_safetensors(source)))
     assert [f.name for f in out.glob("model*")] == ["model.safetensors"]
 
@@ -267,16 +268,76 @@ def test_a_rank_that_does_not_write_still_reads_the_stream(
 ) -> None:
     source, seen = paths["tied"], []
     stream = ((seen.append(n), (n, t))[1] for n, t in iter_safetensors(source))
-    write_hf_dir(tmp_path / "out", read_hf_config(source), stream, source, writes=False)
+    write(tmp_path / "out", source, stream, writes=False)
     assert len(seen) == len(hf_shapes(read_hf_config(source)))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def sharded(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(hf_files, "MAX_SHARD_BYTES", 40_000)
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("missing model.norm.weight", "'model.norm.weight' did not come to be written (1 missing)"),
+        ("twice model.norm.weight", "'model.norm.weight' of shape (64,) came to be written"),
+        ("short lm_head.weight", "(36, 64) came to be written; (37, 64) was announced"),
+        ("unknown lm_head.bias", "'lm_head.bias' of shape (2,) came to be written; none was"),
+    ],
+)
+def test_only_what_was_announced_is_written(
+    case: str, message: str, paths: dict[str, Path], tmp_path: Path
+) -> None:
     source = paths["untied"]
-    write_hf_dir(tmp_path / "sharded", read_hf_config(source), iter_safetensors(source), source)
+    with pytest.raises(ValueError) as refused:
+        write(tmp_path / "out", source, model_cases.spoilt(iter_safetensors(source), case))
+    assert message in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_json_stays_as_it_was_but_for_the_type(
+    paths: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers loads weights in the type it names, and its older versions read older keys."""
+    source = shutil.copytree(paths["untied"], tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope["rope_theta"], "torch_dtype": "bfloat16", "of_its_author": 1}
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    write(tmp_path / "out", source)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == config | {"torch_dtype": "float32"}
+    assert read_hf_config(tmp_path / "out").dtype == torch.float32
+
+
+def test_a_write_that_is_killed_between_its_two_renames_loses_nothing(
+    paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename, killed = tmp_path / "out", Path.rename, []
+
+    def kills(self: Path, target: Path) -> Any:
+        if target == out and not killed:
+            killed.append(self)
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    write(out, paths["untied"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", kills)
+        with pytest.raises(KeyboardInterrupt):
+            write(out, paths["tied"])
+    assert not out.exists()
+    with pytest.raises(RuntimeError):  # the next write, which fails, has brought the old one back
+        write(out, paths["tied"], failing(paths["tied"]))
+    before = sorted(digests(iter_safetensors(paths["untied"])))
+    assert sorted(digests(iter_safetensors(out))) == before
+    write(out, paths["tied"])
+    expected = sorted(digests(iter_safetensors(paths["tied"])))
+    assert sorted(digests(iter_safetensors(out))) == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def sharded(paths: dict[str, Path], tmp_path: Path) -> Path:
+    write(tmp_path / "sharded", paths["untied"], max_shard_bytes=40_000)
     return tmp_path / "sharded"
 
 
@@ -296,7 +357,7 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
 
 @pytest.mark.parametrize("index", ["{", '{"metadata": {}}', "[]"])
 def test_a_broken_index_is_named(sharded: Path, index: str) -> None:
-    (sharded / hf_files.INDEX).write_text(index)
+    (sharded / INDEX).write_text(index)
     with pytest.raises(ValueError, match=r"index\.json is not an index of safetensors files"):
         weight_files(sharded)
 
@@ -304,7 +365,7 @@ def test_a_broken_index_is_named(sharded: Path, index: str) -> None:
 def test_a_name_in_two_shards(sharded: Path) -> None:
     first, second = weight_files(sharded)[:2]
     shutil.copy(first, second)
-    with pytest.raises(ValueError, match=r"lm_head\.weight is in .*sharded twice"):
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is in .*sharded twice"):
         list(iter_safetensors(sharded))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_sgopd.config.load import load_config
 from megatron_sgopd.engines import _starting
-from tests import train_cases
+from tests import conversion_cases, train_cases
 from tests.conftest import SIZES
 from tests.pool import RankError
 
@@ -64,7 +64,15 @@ def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Pat
     assert first["phases/requested_fraction"] == 0.5
     assert first["engine/mismatch_kl"] < 1e-6
     assert "evaluation/avg_at_k" in rows[1]
-    assert (folder / "checkpoints" / "step-00000004").is_dir()
+    checkpoint = folder / "checkpoints" / "step-00000004"
+    assert sorted(p.name for p in (checkpoint / "hf").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "recipe.yaml",
+        "sgopd.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert sorted(p.name for p in (folder / "rollouts").iterdir()) == [
         "step-000001.jsonl",
         "step-000002.jsonl",
@@ -79,6 +87,18 @@ def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Pat
     before = [json.loads(x) for x in (folder / "evaluation/start.jsonl").read_text().splitlines()]
     assert summary["initial_avg_at_k"] == sum(sum(r["is_correct"]) for r in before) / 12
     assert summary["seeds"] == [42]
+    scores = {row["step"]: row.get("evaluation/avg_at_k") for row in rows}
+    best = max((2, 4), key=lambda step: scores[step])  # the first of equals
+    assert summary["best"] == {"step": best, "avg_at_k": scores[best], "k": 1}
+    card = (folder / "hf" / "README.md").read_text()
+    assert f"| avg@2 | {100 * summary['avg_at_k']:.1f} % |" in card
+    assert "- sg_opd\n" in card and "library_name: transformers" in card
+    assert (folder / "config.yaml").read_text() in card
+    assert f"on the development set at step {best} |" in (folder / "hf_best/README.md").read_text()
+    # The newest checkpoint of the run gives the same directory, recipe and results and all.
+    conversion_cases.run(pool, conversion_cases.to_hf(folder, tmp_path / "exported"))
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "README.md"):
+        assert (tmp_path / "exported" / name).read_bytes() == (folder / "hf" / name).read_bytes()
     # The measured tie width is in the resolved recipe, which loads again.
     written = load_config(folder / "config.yaml")
     assert isinstance(written.distill.gate.eps, float)
@@ -121,9 +141,12 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert train_cases.metrics_without_time(tmp_path / "cut") == train_cases.metrics_without_time(
         tmp_path / "whole"
     )
-    a, b = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "cut"))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    for export in ("hf", "hf_best"):
+        a, b = (load_file(tmp_path / n / export / "model.safetensors") for n in ("whole", "cut"))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    whole, cut = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "cut"))
+    assert whole["best"] == cut["best"] and whole["best"]["step"] in (2, 4)
 
 
 @pytest.mark.parametrize("how", ["stop", "die"])
@@ -218,6 +241,26 @@ def test_runs_in_every_layout_take_the_same_steps_and_resume_exactly(
     assert whole[0]["train/grad_norm"] == pytest.approx(plain[0]["train/grad_norm"], rel=1e-3)
     a, b = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_best_student_is_the_one_of_the_best_evaluation(
+    pool: Any, world: Path, tmp_path: Path
+) -> None:
+    """With scores made up: the third of four is the best, its equal afterwards is not better."""
+    settings = overrides(world, tmp_path / "run", "evaluation.every=1", "checkpoint.every=1")
+    settings += ["checkpoint.keep=9"]
+    scores = [0.1, 0.0, 0.5, 0.5]
+    assert (
+        pool(2).run(train_cases.run_with_scores, "recipes/demo/opd.yaml", settings, scores)
+        == ["finished"] * 2
+    )
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["best"] == {"step": 3, "avg_at_k": 0.5, "k": 1}
+    third = conversion_cases.to_hf(tmp_path / "run/checkpoints/step-00000003", tmp_path / "third")
+    conversion_cases.run(pool, third)
+    kept = (tmp_path / "run/hf_best/model.safetensors").read_bytes()
+    assert kept == (tmp_path / "third/model.safetensors").read_bytes()
+    assert kept != (tmp_path / "run/hf/model.safetensors").read_bytes()
 
 
 def test_checkpoints_are_pruned_and_a_finished_run_stays_finished(

@@ -105,6 +105,19 @@ def run_without_engines(recipe: str, overrides: Sequence[str], where: str) -> st
         Run.push_weights = plain_push  # type: ignore[method-assign]
 
 
+def run_with_scores(recipe: str, overrides: Sequence[str], scores: Sequence[float]) -> str:
+    """`run`, with these results of its evaluations during training."""
+
+    def evaluate_during(run: Run) -> dict[str, float]:
+        return {"evaluation/avg_at_k": scores[run.state.step - 1]}
+
+    plain, trainer.evaluate_during = trainer.evaluate_during, evaluate_during
+    try:
+        return run(recipe, overrides)
+    finally:
+        trainer.evaluate_during = plain
+
+
 def error_of(recipe: str, overrides: Sequence[str]) -> str:
     """The error every rank raises alike, so that none is left waiting in a collective."""
     try:

@@ -236,6 +236,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints kept
     at_end: bool = True
     save_hf: bool = True  # write the final student as a Hugging Face directory
+    save_hf_best: bool = True  # and the best one, where evaluation.every compares them
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.layout import padded_vocab_size, split_layers
 from megatron_sgopd.families import FAMILIES, Family
 
-MIXTURES = {"qwen3_moe": Family("Qwen3 mixture of experts", qk_norm=True)}
+MIXTURES = {"qwen3_moe": Family("Qwen3 mixture of experts", "Qwen3MoeForCausalLM", qk_norm=True)}
 SIZES = {  # of `Architecture` -> of config.json
     "num_layers": "num_hidden_layers",
     "hidden": "hidden_size",
