@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .DELETE_ON_ERROR:
-.PHONY: help venv vllm demo test test-vllm test-gpu lint format lock clean
+.PHONY: help venv vllm demo test test-vllm test-cluster test-gpu lint format lock clean
 
 # The first of these that is Python 3.11; `make PYTHON=/path/to/python3.11 …` chooses another.
 IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
@@ -35,7 +35,7 @@ PIP_INSTALL := .venv/bin/python -m pip install --no-deps --retries 2
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' \
-		| while IFS=$$'\t' read -r target text; do printf '  make %-9s %s\n' "$$target" "$$text"; done
+		| while IFS=$$'\t' read -r target text; do printf '  make %-12s %s\n' "$$target" "$$text"; done
 
 venv: $(PROJECT_STAMP)  ## the environment in .venv, from requirements/cpu.lock
 
@@ -86,6 +86,9 @@ test: venv  ## the test suite [ARGS='-k gate'] [LONG=1]
 
 test-vllm: vllm  ## the tests that run the real vLLM; there a skip is a failure [LONG=1]
 	SGOPD_TEST_VLLM=1 LONG=$(LONG) .venv/bin/python -m pytest -m vllm tests/vllm --durations=15 --durations-min=1 $(ARGS)
+
+test-cluster: vllm  ## the tests on a real Slurm of this machine's, as root; apt-get installs it [LONG=1]
+	SGOPD_TEST_CLUSTER=1 LONG=$(LONG) .venv/bin/python -m pytest -m slurm tests/cluster --durations=15 --durations-min=1 $(ARGS)
 
 test-gpu:  ## the tests that need a GPU and vLLM, in an environment of your own [PYTHON=…]
 	SGOPD_TEST_GPU=1 '$(PYTHON)' -m pytest -m gpu tests/gpu --durations=15 --durations-min=1 $(ARGS)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sgopd.cli import (
+    cluster,
     compare,
     doctor,
     evaluate,
@@ -30,6 +31,7 @@ COMMANDS = (  # in the order of the help
     evaluate,
     compare,
     rescore,
+    cluster,
 )
 
 
