@@ -16,7 +16,7 @@ SETTINGS = [
     "evaluation.max_new_tokens=16",
     "evaluation.n=2",
     "evaluation.k=2",
-    "data.prompt_suffix=",
+    "data.prompt_suffix=''",
 ]
 
 
