@@ -67,7 +67,7 @@ requeue() { # WHY COUNT: COUNT where the attempt got to a new checkpoint, one mo
         exit 1
     fi
     say "requeue ($1; $count of $MAX_REQUEUES without progress), from $(newest_checkpoint)"
-    trap '' TERM USR1 # the requeue ends this shell
+    trap - TERM USR1 # the requeue ends this shell, at once
     scontrol requeue "$JOB" || { say "Slurm refuses: submit again, it resumes" >&2 && exit 1; }
     sleep 600
     exit 1
