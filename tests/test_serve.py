@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 
@@ -101,27 +103,21 @@ def test_a_run_that_is_to_stop_does_not_wait_for_a_lost_engine(pool: Any, stoppi
     assert asked <= 2 if stopping else asked >= 3
 
 
-def test_the_kernel_breaks_connections_to_a_lost_host() -> None:
+def test_the_kernel_breaks_connections_to_a_lost_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the given time, whatever the machine's own two hours are."""
-    import socket
+    given: dict[str, Any] = {}
+    plain = httpx2.HTTPTransport
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    client = VllmClient(f"http://127.0.0.1:{port}", "key", lost_after_s=80)
-    thread = threading.Thread(target=client.is_ready)
-    thread.start()
-    served, _ = listener.accept()
-    pool = client._http._transport._pool  # type: ignore[attr-defined]
-    (connection,) = pool.connections
-    stream = connection._connection._network_stream
-    raw = stream.get_extra_info("socket")
-    told = [
-        raw.getsockopt(socket.IPPROTO_TCP, option)
-        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
-    ]
-    assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    def transport(**options: Any) -> httpx2.HTTPTransport:
+        given.update(options)
+        return plain(**options)
+
+    monkeypatch.setattr(httpx2, "HTTPTransport", transport)
+    VllmClient("http://127.0.0.1:9", "key", lost_after_s=80).close()
+    with socket.socket() as s:
+        for option in given["socket_options"]:
+            s.setsockopt(*option)
+        names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        told = [s.getsockopt(socket.IPPROTO_TCP, name) for name in names]
+        assert s.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert told == [40, 10, 4], "silent for 40 s, then asked 4 times in 40 s"
-    served.close()
-    thread.join()
-    client.close()
-    listener.close()
