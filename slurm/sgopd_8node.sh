@@ -49,6 +49,7 @@ if [[ $FINISHED == 1 ]]; then
 fi
 begin_attempt
 preflight
+guard_first_node
 start_engines
 start_trainers
 watch_steps

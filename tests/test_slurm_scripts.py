@@ -69,6 +69,9 @@ def test_a_run_on_three_nodes():
         f"{COMMON} --relative=0 --nodes=3 --ntasks-per-node=1 --ntasks=3 "
         "bash slurm/tasks/preflight.sh PYTHON -m megatron_sgopd cluster preflight "
         "--nodes node1\\,node2\\,node3 --processes-per-node 2 --job 77 --token 77.0 " + recipe,
+        f"{COMMON} --relative=2 --nodes=1 --ntasks-per-node=1 --ntasks=1 --open-mode=append "
+        "--output=ROOT/runs/demo_sg_opd/logs/77.0/guard-%N.log "
+        "--overlap bash slurm/tasks/guard.sh 77",
         f"{COMMON} --relative=0 --nodes=3 --ntasks-per-node=2 --ntasks=6 --open-mode=append "
         "--output=ROOT/runs/demo_sg_opd/logs/77.0/trainer-%N.log "
         "--kill-on-bad-exit=1 --wait=60 "
@@ -78,7 +81,7 @@ def test_a_run_on_three_nodes():
 
 def test_engines_get_the_last_nodes_and_trainers_their_urls():
     recipe = f"recipes/demo/sg_opd.yaml {SPLIT} parallel.data_parallel_size=2"
-    _, engines, trainers = steps_of(dry_run(*recipe.split()))
+    _, _, engines, trainers = steps_of(dry_run(*recipe.split()))
     assert engines == (
         f"{COMMON} --relative=2 --nodes=1 --ntasks-per-node=2 --ntasks=2 --open-mode=append "
         "--output=ROOT/runs/demo_sg_opd/logs/77.0/student-engine-%N.log "
@@ -97,8 +100,12 @@ def test_the_environment_may_set_nodes_apart():
     recipe = f"recipes/demo/sg_opd.yaml {SPLIT.replace('nodes=1', 'nodes=0')}"
     settings = (*recipe.split(), "parallel.data_parallel_size=null", "rollout.num_prompts=36")
     none = steps_of(dry_run(*settings))
-    assert [("serve.sh" in step, "--nodes=3" in step) for step in none] == [(False, True)] * 2
-    _, engines, trainers = steps_of(dry_run(*settings, SGOPD_ENGINE_NODES="1"))
+    assert [("serve.sh" in step, "--nodes=3" in step) for step in none] == [
+        (False, True),
+        (False, False),  # the guard of the first node
+        (False, True),
+    ]
+    _, _, engines, trainers = steps_of(dry_run(*settings, SGOPD_ENGINE_NODES="1"))
     assert "--relative=2 --nodes=1" in engines and "serve.sh" in engines
     assert "--relative=0 --nodes=2" in trainers and "train.sh" in trainers
 
@@ -113,6 +120,7 @@ def test_a_container_is_one_variable():
             SGOPD_MOUNTS="/data:/data",
         )
     )
+    assert "--container" not in steps.pop(1), "the guard asks Slurm"
     for step in steps:
         assert step.startswith(
             f"{COMMON} --container-image=sgopd.sqsh --no-container-mount-home "
@@ -125,7 +133,7 @@ def test_the_sites_file_is_read_and_must_exist_where_named(tmp_path: Path):
     site.write_text("export SGOPD_PROCESSES_PER_NODE=4\n")
     settings = ("recipes/demo/sg_opd.yaml", "parallel.data_parallel_size=6")
     steps = steps_of(dry_run(*settings, "rollout.num_prompts=36", SGOPD_SITE=str(site)))
-    assert "--ntasks=12" in steps[1]
+    assert "--ntasks=12" in steps[2]
     missing = dry_run(*settings, SGOPD_SITE=f"{site}.not")
     assert missing.returncode == 2
     assert missing.stderr == f"sgopd: SGOPD_SITE is {site}.not, which does not exist\n"
@@ -133,7 +141,7 @@ def test_the_sites_file_is_read_and_must_exist_where_named(tmp_path: Path):
 
 def test_without_arguments_it_is_the_8_node_recipe():
     variables = {"SLURM_JOB_NUM_NODES": "8", "SGOPD_PROCESSES_PER_NODE": "8"}
-    preflight, students, teachers, trainers = steps_of(dry_run(**variables))
+    preflight, _, students, teachers, trainers = steps_of(dry_run(**variables))
     assert preflight.endswith(" recipes/qwen3_8node.yaml")
     assert "--relative=4 --nodes=4 --ntasks-per-node=4 --ntasks=16 " in students
     assert "--relative=4 --nodes=4 --ntasks-per-node=1 --ntasks=4 " in teachers

@@ -102,6 +102,12 @@ preflight() { # every node checks itself, and the bad ones are named
     say "preflight: all ${#NODES[@]} nodes are well"
 }
 
+guard_first_node() { # from the last one, whose Slurm commands need no container
+    local COMMON=(--input=none) LOG="$LOGS/guard-%N.log"
+    ((${#NODES[@]} > 1)) || return 0
+    step_in_background $((${#NODES[@]} - 1)) 1 1 --overlap bash slurm/tasks/guard.sh "$JOB"
+}
+
 # -- engines ---------------------------------------------------------------------------------------
 
 start_engines() { # one task a server, on the last nodes; returns when all are ready

@@ -24,12 +24,12 @@ def test_eight_nodes_train_with_tp_2_pp_2_dp_2(cluster: Cluster, tiny: Tiny, sha
     assert "preflight: all 8 nodes are well" in job.text
     assert steps(run_dir) == [1, 2, 3, 4]
     logs = {path.name for path in (run_dir / "logs").glob("*/*")}
-    assert logs == {f"trainer-node{i}.log" for i in range(1, 9)}
+    assert logs == {"guard-node8.log", *(f"trainer-node{i}.log" for i in range(1, 9))}
     assert (run_dir / "hf" / "model.safetensors").is_file()
 
 
 def test_the_loss_of_the_first_node(cluster: Cluster, tiny: Tiny, shared: Path) -> None:
-    """The batch script goes with it: Slurm alone requeues the job."""
+    """The batch script goes with it: another node requeues the job."""
     run_dir = shared / "runs" / "first-lost"
     settings = tiny.settings(
         run_dir, "num_steps=16", "checkpoint.every=2", "checkpoint.save_hf=false"

@@ -60,7 +60,8 @@ def test_a_server_on_a_node_of_its_own_dies_and_is_started_again(
     assert rows[-1]["engine/restarts"] == 1
     assert all(row["engine/probe_mismatch_kl"] < 1e-9 for row in rows)
     logs = sorted(path.name for path in (run_dir / "logs").glob("*/*"))
-    wanted = [f"student-engine-{names[2]}.log", *(f"trainer-{name}.log" for name in names[:2])]
+    wanted = [f"guard-{names[2]}.log", f"student-engine-{names[2]}.log"]
+    wanted += [f"trainer-{name}.log" for name in names[:2]]
     assert logs == wanted
     until(lambda: not job.processes(), "nothing is left on the nodes", 20)
 

@@ -47,7 +47,8 @@ def test_two_nodes_train_with_tensor_parallel_2(plain: Path, cluster: Cluster) -
     assert steps(plain) == list(range(1, STEPS + 1))
     assert status(plain) == "finished"
     (logs,) = (plain / "logs").iterdir()
-    assert {path.name for path in logs.iterdir()} == {"trainer-node1.log", "trainer-node2.log"}
+    names = {path.name for path in logs.iterdir()}
+    assert names == {"trainer-node1.log", "trainer-node2.log", "guard-node2.log"}
     assert not (plain / ".preflight").exists() and not list(plain.glob(".preflight-*"))
 
 
