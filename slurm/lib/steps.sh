@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2153 # names are shared with settings.sh and verdict.sh
 # The steps of a job, in the order of sgopd_8node.sh. Sourced after settings.sh.
 
-TRAINER_PID="" ENGINE_PIDS=() STOPPING=""
+TRAINER_PID="" GUARD_PID="" ENGINE_PIDS=() STOPPING=""
 
 say() {
     printf '[%(%F %T)T] sgopd: %s\n' -1 "$*"
@@ -106,6 +106,7 @@ guard_first_node() { # from the last one, whose Slurm commands need no container
     local COMMON=(--input=none) LOG="$LOGS/guard-%N.log"
     ((${#NODES[@]} > 1)) || return 0
     step_in_background $((${#NODES[@]} - 1)) 1 1 --overlap bash slurm/tasks/guard.sh "$JOB"
+    [[ -n $DRY_RUN ]] || GUARD_PID=$STEP_PID
 }
 
 # -- engines ---------------------------------------------------------------------------------------

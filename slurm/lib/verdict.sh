@@ -29,6 +29,7 @@ begin_attempt() {
 settle() { # ends this shell
     local status account code=0
     [[ -z $DRY_RUN ]] || exit 0
+    if [[ -n $GUARD_PID ]]; then kill -TERM "$GUARD_PID" 2> /dev/null || true; fi
     status=$(cat "$RUN_DIR/status" 2> /dev/null || echo none)
     say "the trainers ended with exit code $TRAINER_CODE, status $status"
     if [[ $status == finished ]]; then
@@ -67,7 +68,8 @@ requeue() { # WHY COUNT: COUNT where the attempt got to a new checkpoint, one mo
         exit 1
     fi
     say "requeue ($1; $count of $MAX_REQUEUES without progress), from $(newest_checkpoint)"
-    trap - TERM USR1 # the requeue ends this shell, at once
+    # The requeue ends this shell. Were it gone at once, Slurm might take that for the job's end.
+    trap '' TERM USR1
     scontrol requeue "$JOB" || { say "Slurm refuses: submit again, it resumes" >&2 && exit 1; }
     sleep 600
     exit 1
