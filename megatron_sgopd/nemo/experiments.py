@@ -1,0 +1,198 @@
+"""Experiments of `sgopd launch`, by nemo-run: submitted, printed, found again."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from nemo_run.config import get_nemorun_home
+from nemo_run.core.execution.slurm import SlurmJobDetails
+
+from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.experiment import (
+    SCRIPT,
+    Executor,
+    Run,
+    batch_commands,
+    local_command,
+    sbatch_options,
+)
+
+RUN_DIR = "run_dir"  # of a run's task, in nemo-run's records
+NOTE = "# The job becomes the batch script here; the srun that nemo-run adds below is not reached."
+
+
+class JobLog(SlurmJobDetails):
+    """The log is the batch script's own, not that of a step."""
+
+    @property
+    def ls_term(self) -> str:
+        return os.path.join(self.folder, "sbatch_*_%j.out")
+
+
+# -- executors -------------------------------------------------------------------------------------
+
+
+def build(executor: Executor, root: Path) -> run.Executor:
+    """nemo-run's own; what is not set is as in the batch script."""
+    if executor.kind == "local":
+        return run.LocalExecutor(env_vars=dict(executor.env))
+    own = sbatch_options(root / SCRIPT)
+    return run.SlurmExecutor(
+        account=executor.account,
+        partition=executor.partition,
+        nodes=executor.nodes or int(own["nodes"]),
+        gpus_per_node=executor.gpus_per_node,
+        time=executor.time,
+        container_image=executor.container_image,
+        container_mounts=list(executor.mounts),
+        env_vars=dict(executor.env),
+        additional_parameters={k.replace("-", "_"): v or True for k, v in executor.options.items()},
+        packager=run.Packager(),
+    )
+
+
+def prepared(executor: run.Executor, task: Run, root: Path, base: Path) -> run.Executor:
+    """An executor, whoever made it, for one run: a Slurm job becomes the batch script.
+
+    Container, mounts and environment go to the batch script, which hands them to its steps; `base`
+    is nemo-run's folder.
+    """
+    executor = executor.clone()
+    if isinstance(executor, run.LocalExecutor):
+        return executor
+    if not isinstance(executor, run.SlurmExecutor):
+        raise ConfigError(f"a {type(executor).__name__}: LocalExecutor or SlurmExecutor is wanted")
+    if not isinstance(executor.tunnel, run.LocalTunnel):
+        raise ConfigError("an executor with an SSH tunnel: launch on the cluster, where sbatch is")
+    commands = batch_commands(
+        task, root, executor.container_image, executor.container_mounts, executor.env_vars
+    )
+    executor.setup_lines = f"{NOTE}\n{commands}"
+    executor.container_image, executor.container_mounts, executor.env_vars = None, [], {}
+    own = sbatch_options(root / SCRIPT)
+    executor.job_name_prefix = executor.job_name_prefix or f"{own['job_name']}."
+    missing = {k: v for k, v in own.items() if k != "output" and getattr(executor, k, None) is None}
+    executor.additional_parameters = {**missing, **(executor.additional_parameters or {})}
+    executor.packager = run.Packager()  # copies nothing: jobs run in the project's folder
+    executor.job_details = JobLog()
+    executor.tunnel = run.LocalTunnel(job_dir=str(base / "experiments"))
+    executor.poll_estimated_start_time = False
+    return executor
+
+
+# -- experiments -----------------------------------------------------------------------------------
+
+
+def submit(title: str, runs: Sequence[Run], executor: run.Executor, root: Path) -> int:
+    """Slurm: returns when all jobs are in the queue. Local: one run after the other, to the end.
+
+    The exit code: 0, or 1 where a local run failed.
+    """
+    is_local = isinstance(executor, run.LocalExecutor)
+    with run.Experiment(
+        title, skip_status_at_exit=True, enable_goodbye_message=False
+    ) as experiment:
+        _add(experiment, runs, executor, root, Path(get_nemorun_home()))
+        experiment.run(sequential=is_local, detach=not is_local, tail_logs=is_local)
+        started = list(experiment.jobs)
+    if is_local:
+        states = {job.id: job.state.name for job in started}
+        failed = [name for name, state in states.items() if state != "SUCCEEDED"]
+        print(f"{experiment._id}: {', '.join(f'{n} {s}' for n, s in states.items())}")
+        return int(bool(failed))
+    for task, job in zip(runs, started, strict=True):
+        print(f"{task.name}: job {_number(job)}, run directory {task.run_dir}")
+    print(f"sgopd jobs status {experiment._id}")
+    return 0
+
+
+def dry_run(title: str, runs: Sequence[Run], executor: run.Executor, root: Path) -> str:
+    """What would be submitted: nothing is, and nothing stays on the disk."""
+    home = get_nemorun_home()
+    parts = []
+    with tempfile.TemporaryDirectory() as base:
+        experiment = run.Experiment(title, id=f"{title}_ID", base_dir=base, clean_mode=True)
+        with experiment:
+            _add(experiment, runs, executor, root, Path(base))
+            experiment.dryrun(log=False, delete_exp_dir=False)
+        folder = Path(experiment._exp_dir)
+        for task, job in zip(runs, experiment.jobs, strict=True):
+            if isinstance(executor, run.LocalExecutor):
+                text = local_command(task, root, os.environ)
+            else:
+                path = folder / f"{job.executor.job_name}_sbatch.sh"
+                text = f"sbatch --requeue --parsable {path}\n{path.read_text()}"
+            parts.append(f"# {task.name}: run directory {task.run_dir}\n{text.rstrip()}\n")
+        return "\n".join(parts).replace(base, home)
+
+
+def _add(
+    experiment: run.Experiment, runs: Sequence[Run], executor: run.Executor, root: Path, base: Path
+) -> None:
+    for task in runs:
+        if isinstance(executor, run.LocalExecutor):
+            environment = {**os.environ, **executor.env_vars}
+            script = run.Script(inline=local_command(task, root, environment))
+        else:
+            script = run.Script(path=SCRIPT)
+        script.metadata[RUN_DIR] = str(root / task.run_dir)
+        experiment.add(script, executor=prepared(executor, task, root, base), name=task.name)
+
+
+# -- afterwards ------------------------------------------------------------------------------------
+
+
+def experiments() -> list[str]:
+    """Ids of all, the newest last."""
+    return sorted(
+        (path.name for path in Path(get_nemorun_home(), "experiments").glob("*/*_*")),
+        key=lambda name: name.rpartition("_")[2],
+    )
+
+
+def find(name: str) -> run.Experiment:
+    """By its id, or the newest of a title."""
+    known = experiments()
+    chosen = [each for each in known if name in (each, each.rpartition("_")[0])]
+    if not chosen:
+        raise ConfigError(f"no experiment {name!r}; the newest: {', '.join(known[-5:]) or 'none'}")
+    return run.Experiment.from_id(chosen[-1])
+
+
+def status(name: str) -> Iterator[str]:
+    """A line for each run: the scheduler's word, and what the run directory holds."""
+    experiment = find(name)
+    states = experiment.status(return_dict=True)
+    for job in experiment.jobs:
+        run_dir = Path(job.task.metadata[RUN_DIR])
+        told = run_dir / "status"
+        progress = told.read_text(encoding="utf-8").strip() if told.is_file() else "not begun"
+        metrics = run_dir / "metrics.jsonl"
+        steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        yield (
+            f"{job.id}: {states[job.id]['status']}, job {_number(job)}; {progress}, {steps} steps, "
+            f"{run_dir}"
+        )
+
+
+def logs(name: str, run_name: str | None) -> Iterator[str]:
+    """What the runs' jobs have said, run after run."""
+    experiment = find(name)
+    names = [job.id for job in experiment.jobs]
+    if run_name is not None and run_name not in names:
+        raise ConfigError(f"no run {run_name!r} in {experiment._id}; it has {', '.join(names)}")
+    for job in experiment.jobs:
+        if run_name in (None, job.id):
+            for path in sorted(Path(job.executor.job_dir).rglob("*.out")):
+                yield f"==> {path} <=="
+                yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _number(job: Any) -> str:
+    """Slurm's, of slurm_tunnel://nemo_run/NUMBER."""
+    return str(job.handle).rpartition("/")[2]
