@@ -111,7 +111,7 @@ test: venv  ## the test suite [ARGS='-k gate'] [LONG=1]
 test-vllm: vllm  ## the tests that run the real vLLM; there a skip is a failure [LONG=1]
 	SGOPD_TEST_VLLM=1 LONG=$(LONG) .venv/bin/python -m pytest -m vllm tests/vllm --durations=15 --durations-min=1 $(ARGS)
 
-test-cluster: vllm  ## the tests on a real Slurm of this machine's, as root; apt-get installs it [LONG=1]
+test-cluster: vllm launch-env  ## the tests on a real Slurm of this machine's, as root; apt-get installs it [LONG=1]
 	SGOPD_TEST_CLUSTER=1 LONG=$(LONG) .venv/bin/python -m pytest -m slurm tests/cluster --durations=15 --durations-min=1 $(ARGS)
 
 test-gpu:  ## the tests that need a GPU and vLLM, in an environment of your own [PYTHON=…]
