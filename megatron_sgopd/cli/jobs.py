@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
         each.add_argument(
             "experiment", metavar="EXPERIMENT", help="its id, or its title: the newest"
         )
-    logs.add_argument("run", metavar="RUN", nargs="?", help="one run of a sweep")
+    logs.add_argument("--run", dest="one", metavar="NAME", help="that run of a sweep alone")
 
 
 def show_all(arguments: argparse.Namespace) -> int:
@@ -42,5 +42,5 @@ def show_logs(arguments: argparse.Namespace) -> int:
     with_nemo_run()
     from megatron_sgopd.nemo.experiments import logs
 
-    print("\n".join(logs(arguments.experiment, arguments.run)))
+    print("\n".join(logs(arguments.experiment, arguments.one)))
     return 0

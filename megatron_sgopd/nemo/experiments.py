@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+from invoke.exceptions import UnexpectedExit
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.execution.slurm import SlurmJobDetails
 
@@ -91,24 +94,54 @@ def prepared(executor: run.Executor, task: Run, root: Path, base: Path) -> run.E
 def submit(title: str, runs: Sequence[Run], executor: run.Executor, root: Path) -> int:
     """Slurm: returns when all jobs are in the queue. Local: one run after the other, to the end.
 
-    The exit code: 0, or 1 where a local run failed.
+    The exit code: 0, or 1 where a local run failed or was stopped, or sbatch refused one.
     """
-    is_local = isinstance(executor, run.LocalExecutor)
-    with run.Experiment(
-        title, skip_status_at_exit=True, enable_goodbye_message=False
-    ) as experiment:
+    if isinstance(executor, run.LocalExecutor):
+        return _run_here(title, runs, executor, root)
+    refusal = None
+    with _experiment(title) as experiment:
         _add(experiment, runs, executor, root, Path(get_nemorun_home()))
-        experiment.run(sequential=is_local, detach=not is_local, tail_logs=is_local)
-        started = list(experiment.jobs)
-    if is_local:
-        states = {job.id: job.state.name for job in started}
-        failed = [name for name, state in states.items() if state != "SUCCEEDED"]
-        print(f"{experiment._id}: {', '.join(f'{n} {s}' for n, s in states.items())}")
-        return int(bool(failed))
-    for task, job in zip(runs, started, strict=True):
-        print(f"{task.name}: job {_number(job)}, run directory {task.run_dir}")
+        try:
+            experiment.run(detach=True)
+        except UnexpectedExit as error:
+            refusal = error.result.stderr.strip()
+    for task, job in zip(runs, experiment.jobs, strict=True):
+        if job.launched:
+            print(f"{task.name}: job {_number(job)}, run directory {task.run_dir}")
+        else:
+            print(f"{task.name}: not submitted", file=sys.stderr)
+    if refusal is not None:
+        print(f"sbatch refused: {refusal}", file=sys.stderr)
+        return 1
     print(f"sgopd jobs status {experiment._id}")
     return 0
+
+
+def _run_here(title: str, runs: Sequence[Run], executor: run.Executor, root: Path) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_children)
+    try:
+        with _experiment(title) as experiment:
+            _add(experiment, runs, executor, root, Path(get_nemorun_home()))
+            experiment.run(sequential=True, tail_logs=True)
+    except KeyboardInterrupt:
+        print(f"{title}: stopped; the same command resumes it", file=sys.stderr)
+        return 1
+    states = {job.id: job.state.name for job in experiment.jobs}
+    print(f"{experiment._id}: {', '.join(f'{n} {s}' for n, s in states.items())}")
+    return int(set(states.values()) != {"SUCCEEDED"})
+
+
+def _end_children(number: int, frame: object) -> None:
+    """The run under way stops with a checkpoint, which nemo-run waits for; no other is begun."""
+    for path in Path("/proc/self/task").glob("*/children"):
+        for child in path.read_text().split():
+            os.kill(int(child), signal.SIGTERM)
+    raise KeyboardInterrupt
+
+
+def _experiment(title: str) -> run.Experiment:
+    return run.Experiment(title, skip_status_at_exit=True, enable_goodbye_message=False)
 
 
 def dry_run(title: str, runs: Sequence[Run], executor: run.Executor, root: Path) -> str:
@@ -168,8 +201,8 @@ def status(name: str) -> Iterator[str]:
     """A line for each run: the scheduler's word, and what the run directory holds."""
     experiment = find(name)
     states = experiment.status(return_dict=True)
-    for job in experiment.jobs:
-        run_dir = Path(job.task.metadata[RUN_DIR])
+    for job, task in zip(experiment.jobs, experiment.tasks, strict=True):
+        run_dir = Path(task.metadata[RUN_DIR])
         told = run_dir / "status"
         progress = told.read_text(encoding="utf-8").strip() if told.is_file() else "not begun"
         metrics = run_dir / "metrics.jsonl"
@@ -188,7 +221,9 @@ def logs(name: str, run_name: str | None) -> Iterator[str]:
         raise ConfigError(f"no run {run_name!r} in {experiment._id}; it has {', '.join(names)}")
     for job in experiment.jobs:
         if run_name in (None, job.id):
-            for path in sorted(Path(job.executor.job_dir).rglob("*.out")):
+            folder = Path(job.executor.job_dir)
+            found = [*folder.glob("sbatch_*.out"), *folder.rglob("combined.log")]
+            for path in sorted(found, key=lambda path: path.stat().st_mtime):
                 yield f"==> {path} <=="
                 yield path.read_text(encoding="utf-8", errors="replace")
 

@@ -24,6 +24,7 @@ GRACE_S=${SGOPD_GRACE_S:-1800}              # for a checkpoint, once the engines
 ENGINE_RESTARTS=${SGOPD_ENGINE_RESTARTS:-3} # of each server
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PYTHONUNBUFFERED=1
 export SLURM_CPU_BIND=none # a rank's threads and its verifier's processes share the node's CPUs
+unset SLURM_UNBUFFEREDIO SLURM_LABELIO # srun would mix, or mark, the lines that nodes answer with
 
 if [[ -z ${SLURM_JOB_ID:-} && -z $DRY_RUN ]]; then
     echo "sgopd: not in a job: submit with sbatch, or set SGOPD_DRY_RUN=1" >&2

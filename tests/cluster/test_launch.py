@@ -163,7 +163,7 @@ def test_a_job_of_nemo_runs_is_the_batch_scripts(
     """TP 2 over two nodes; the time limit comes near, and it is requeued and resumes."""
     home, run_dir = shared / "nemo", shared / "runs" / "nemo"
     settings = tiny.settings(run_dir, "num_steps=12", "checkpoint.save_hf=false")
-    environment = {"SLURM_CONF": "", **cluster.environment}
+    environment = cluster.environment
     told = sgopd(
         home,
         *("launch", RECIPE, "--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1"),
