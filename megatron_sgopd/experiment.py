@@ -119,7 +119,12 @@ def _count(text: str, where: str) -> int:
 
 def changed(executor: Executor, settings: Mapping[str, Any]) -> Executor:
     """With the command line's settings, where given; `env`, `mounts` and `options` are added."""
-    given = {key: value for key, value in settings.items() if value}
+    given = {key: value for key, value in settings.items() if value not in (None, [])}
+    if executor.kind == "local" and (other := sorted(given.keys() - {"env"})):
+        raise ConfigError(f"a local run takes no {' or '.join(other)}: another --executor does")
+    for key in NUMBERS:
+        if key in given:
+            given[key] = _count(str(given[key]), f"--{key.replace('_', '-')}")
     for key in MAPPINGS:
         given[key] = {**getattr(executor, key), **pairs(f"--{key}", given.get(key, ()))}
     given["mounts"] = (*executor.mounts, *given.get("mounts", ()))
@@ -205,7 +210,13 @@ def check(runs: Sequence[Run], executor: Executor, environment: Mapping[str, str
             told = (*run.overrides, f"rollout.vllm.nodes={engines}")
             config = load_config(run.recipe, told)
         names = [f"node{i + 1}" for i in range(nodes)]
-        place(config, names, int(processes), 0, on_gpus=env.get("SGOPD_DEVICE") != "cpu")
+        place(
+            config,
+            names,
+            _count(str(processes), "SGOPD_PROCESSES_PER_NODE"),
+            0,
+            on_gpus=env.get("SGOPD_DEVICE") != "cpu",
+        )
 
 
 # -- commands --------------------------------------------------------------------------------------

@@ -182,6 +182,7 @@ def test_runs_of_a_sweep_have_folders_of_their_own():
         (Executor(nodes=2, gpus_per_node=1), {}, ""),
         (Executor(nodes=2), {"SGOPD_PROCESSES_PER_NODE": "1"}, ""),
         (Executor(nodes=2, env={"SGOPD_PROCESSES_PER_NODE": "1"}), {}, ""),
+        (Executor(nodes=2), {"SGOPD_PROCESSES_PER_NODE": "x"}, "a number from 1 on is wanted"),
         (Executor(nodes=2), {}, "16 processes cannot be TP 2"),
         (Executor(), {}, "64 processes cannot be TP 2"),
         (Executor(nodes=2, gpus_per_node=1), {"SGOPD_ENGINE_NODES": "2"}, ""),
@@ -243,6 +244,8 @@ def test_the_batch_scripts_own_options():
         (("--executor", "h100"), "--executor h100: known are local, slurm"),
         (("--executor", "slurm", "--nodes", "2"), "16 processes cannot be TP 2"),
         (("--executor", "local", "--executors", "none.yaml"), "none.yaml does not exist"),
+        (("--executor", "slurm", "--nodes", "0"), "--nodes is '0'; a number from 1 on is wanted"),
+        (("--executor", "local", "--nodes", "2", "--time", "1"), "takes no nodes or time"),
         (("--executor", "local", "--env", "A"), "--env 'A': KEY=VALUE is wanted"),
     ],
 )

@@ -65,6 +65,7 @@ def add(commands: Commands) -> None:
 
 def launch(arguments: argparse.Namespace) -> int:
     root = project_root(os.environ)
+    os.chdir(root)  # as the batch script does
     executor = chosen_executor(arguments)
     runs = make_runs(arguments.recipe, arguments.overrides, arguments.sweep)
     check(runs, executor, os.environ)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sgopd.cli.launch import PYTHON
 from tests.cluster.conftest import Tiny
-from tests.cluster.jobs import RECIPE, ROOT, Cluster, Job, steps
+from tests.cluster.jobs import RECIPE, ROOT, Cluster, Job, steps, until
 
 GOLDEN = """\
 # demo_sg_opd-seed-1: run directory runs/demo_sg_opd-seed-1
@@ -155,6 +155,32 @@ def test_local_runs_of_a_sweep(home: Path, tiny: Tiny, tmp_path: Path):
     assert f"failed, 0 steps, {bad}\n" in shown and f"finished, 2 steps, {good}\n" in shown, shown
     said = sgopd(home, "jobs", "logs", "both")
     assert "failed: ValueError: /nowhere.jsonl" in said, said
+
+
+def test_a_local_run_stops_with_its_launcher(python: str, home: Path, tmp_path: Path):
+    """It is asked to stop, and waited for; the next of the sweep is not begun."""
+    fake, begun = tmp_path / "python", tmp_path / "begun"
+    fake.write_text(
+        f"#!/bin/bash\ntrap 'echo saved >> {begun}; exit' TERM\necho $$ >> {begun}\n"
+        "while true; do sleep 0.2; done\n"
+    )
+    fake.chmod(0o755)
+    command = f"-m megatron_sgopd launch {RECIPE} --executor local --sweep seed=1,2"
+    launcher = subprocess.Popen(
+        [sys.executable, *command.split()],
+        env={**os.environ, "NEMORUN_HOME": str(home), "SGOPD_PYTHON": str(fake)},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(begun.exists, "the first run")
+    launcher.terminate()
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert "stopped; the same command resumes it" in errors
+    pid, saved = begun.read_text().split()
+    assert saved == "saved" and not Path("/proc", pid).exists()
 
 
 def test_a_job_of_nemo_runs_is_the_batch_scripts(
