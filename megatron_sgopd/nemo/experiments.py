@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def _end_children(number: int, frame: object) -> None:
     """The run under way stops with a checkpoint, which nemo-run waits for; no other is begun."""
     for path in Path("/proc/self/task").glob("*/children"):
         for child in path.read_text().split():
-            os.kill(int(child), signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(int(child), signal.SIGTERM)
     raise KeyboardInterrupt
 
 
@@ -156,7 +158,7 @@ def dry_run(title: str, runs: Sequence[Run], executor: run.Executor, root: Path)
         folder = Path(experiment._exp_dir)
         for task, job in zip(runs, experiment.jobs, strict=True):
             if isinstance(executor, run.LocalExecutor):
-                text = local_command(task, root, os.environ)
+                text = _here(task, executor, root)
             else:
                 path = folder / f"{job.executor.job_name}_sbatch.sh"
                 text = f"sbatch --requeue --parsable {path}\n{path.read_text()}"
@@ -169,12 +171,15 @@ def _add(
 ) -> None:
     for task in runs:
         if isinstance(executor, run.LocalExecutor):
-            environment = {**os.environ, **executor.env_vars}
-            script = run.Script(inline=local_command(task, root, environment))
+            script = run.Script(inline=_here(task, executor, root))
         else:
             script = run.Script(path=SCRIPT)
         script.metadata[RUN_DIR] = str(root / task.run_dir)
         experiment.add(script, executor=prepared(executor, task, root, base), name=task.name)
+
+
+def _here(task: Run, executor: run.LocalExecutor, root: Path) -> str:
+    return local_command(task, root, {**os.environ, **executor.env_vars})
 
 
 # -- afterwards ------------------------------------------------------------------------------------
