@@ -151,7 +151,8 @@ def dry_run(title: str, runs: Sequence[Run], executor: run.Executor, root: Path)
     home = get_nemorun_home()
     parts = []
     with tempfile.TemporaryDirectory() as base:
-        experiment = run.Experiment(title, id=f"{title}_ID", base_dir=base, clean_mode=True)
+        quiet = {"clean_mode": True, "log_level": "WARNING"}
+        experiment = run.Experiment(title, id=f"{title}_ID", base_dir=base, **quiet)
         with experiment:
             _add(experiment, runs, executor, root, Path(base))
             experiment.dryrun(log=False, delete_exp_dir=False)

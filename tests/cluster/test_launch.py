@@ -112,6 +112,11 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(home: Path, tmp_path: Path):
     assert told.replace(str(ROOT), "ROOT").startswith(GOLDEN)
     assert told.count("exec bash slurm/sgopd_8node.sh") == 2
     assert "num_steps=7 seed=2 name=demo_sg_opd-seed-2\n" in told
+    local = ("--executor", "local", "--env", "SGOPD_PYTHON=python9", "--dry-run")
+    assert sgopd(home, "launch", RECIPE, *local) == (
+        "# demo_sg_opd: run directory runs/demo_sg_opd\n"
+        f"cd {ROOT}\nexec python9 -m megatron_sgopd train {RECIPE}\n"
+    )
     assert not home.exists()
 
 
