@@ -147,7 +147,8 @@ lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/*.lock anew [ARGS=--
 		--constraint <(sed -nE 's/^([^ #]+==[^ ]+).*/\1/p' "$$new") requirements/vllm.in \
 		--output-file .venv-lock/vllm.lock > /dev/null; \
 	echo 'make: resolving $(LAUNCH_LOCK)'; \
-	resolve --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+	cp $(LAUNCH_LOCK) .venv-lock/launch.lock 2> /dev/null || rm -f .venv-lock/launch.lock; \
+	resolve --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate $(ARGS) \
 		--custom-compile-command 'make lock' \
 		--constraint <(sed -nE 's/^((omegaconf|pyyaml|setuptools)==[^ ]+).*/\1/p' "$$new") \
 		requirements/launch.in --output-file .venv-lock/launch.lock > /dev/null; \
