@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .DELETE_ON_ERROR:
-.PHONY: help venv vllm demo test test-vllm test-gpu lint format lock clean
+.PHONY: help venv vllm launch-env demo test test-vllm test-cluster test-gpu lint format lock clean
 
 # The first of these that is Python 3.11; `make PYTHON=/path/to/python3.11 …` chooses another.
 IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
@@ -16,6 +16,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 LOCK := requirements/cpu.lock
 VLLM_LOCK := requirements/vllm.lock
+LAUNCH_LOCK := requirements/launch.lock
 UV_VERSION := 0.13.9
 
 # The ranks of a run and the suite's workers share the cores: one thread each.
@@ -31,21 +32,29 @@ short_sha = $(shell sha256sum $(1) 2> /dev/null | cut -c 1-16)
 LOCK_STAMP := .venv/.lock-$(call short_sha,$(LOCK))
 VLLM_STAMP := .venv/.vllm-$(call short_sha,$(VLLM_LOCK))
 PROJECT_STAMP := .venv/.project-$(call short_sha,pyproject.toml)
-PIP_INSTALL := .venv/bin/python -m pip install --no-deps --retries 2
+LAUNCH_LOCK_STAMP := .venv-launch/.lock-$(call short_sha,$(LAUNCH_LOCK))
+LAUNCH_STAMP := .venv-launch/.project-$(call short_sha,pyproject.toml)
+INSTALL := -m pip install --no-deps --retries 2
+PIP_INSTALL := .venv/bin/python $(INSTALL)
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' \
-		| while IFS=$$'\t' read -r target text; do printf '  make %-9s %s\n' "$$target" "$$text"; done
+		| while IFS=$$'\t' read -r target text; do printf '  make %-12s %s\n' "$$target" "$$text"; done
 
 venv: $(PROJECT_STAMP)  ## the environment in .venv, from requirements/cpu.lock
 
-$(LOCK_STAMP):
+# What locks are for; $(1) is the one at hand.
+define check_python
 	@if [[ "$$(uname -sm)" != 'Linux x86_64' ]]; then \
-		echo "make: $(LOCK) is for Linux on x86_64, this is $$(uname -sm); make an environment of" \
-			"your own with: pip install -e '.[dev]'" >&2; exit 1; fi
+		echo "make: $(1) is for Linux on x86_64, this is $$(uname -sm); make an environment of" \
+			"your own with: $(2)" >&2; exit 1; fi
 	@if [[ -z '$(PYTHON)' ]] || ! '$(PYTHON)' -c '$(IS_311)'; then \
-		echo "make: $(LOCK) needs Python 3.11; found: '$(PYTHON)'. Install python3.11 with its venv" \
-			"module, or name one: make PYTHON=/path/to/python3.11 venv" >&2; exit 1; fi
+		echo "make: $(1) needs Python 3.11; found: '$(PYTHON)'. Install python3.11 with its venv" \
+			"module, or name one: make PYTHON=/path/to/python3.11 $(3)" >&2; exit 1; fi
+endef
+
+$(LOCK_STAMP):
+	$(call check_python,$(LOCK),pip install -e '.[dev]',venv)
 	@echo "make: .venv from $(LOCK) ($(PYTHON))"
 	@'$(PYTHON)' -m venv --clear .venv
 	@# torch first and alone: the one package an index may lack, so that a failure comes at once.
@@ -76,6 +85,21 @@ $(VLLM_STAMP): $(PROJECT_STAMP)
 	@rm -f .venv/.vllm-*
 	@touch $@
 
+launch-env: $(LAUNCH_STAMP)  ## nemo-run for `sgopd launch` in .venv-launch, from requirements/launch.lock
+
+$(LAUNCH_LOCK_STAMP):
+	$(call check_python,$(LAUNCH_LOCK),pip install -r requirements/launch.in,launch-env)
+	@echo "make: .venv-launch from $(LAUNCH_LOCK) ($(PYTHON))"
+	@'$(PYTHON)' -m venv --clear .venv-launch
+	@.venv-launch/bin/python $(INSTALL) --require-hashes --only-binary :all: -r $(LAUNCH_LOCK)
+	@touch $@
+
+$(LAUNCH_STAMP): $(LAUNCH_LOCK_STAMP)
+	@echo 'make: installing megatron_sgopd itself in .venv-launch, editable'
+	@.venv-launch/bin/python $(INSTALL) --no-build-isolation --no-index --editable .
+	@rm -f .venv-launch/.project-*
+	@touch $@
+
 demo: venv $(if $(filter vllm,$(ENGINE)),vllm)  ## the distillation on this machine [QUICK=1] [SEED=n] [LEVEL=hard] [ARMS=all] [ENGINE=vllm]
 	.venv/bin/python -m megatron_sgopd.demo $(if $(SEED),--seed $(SEED)) \
 		$(if $(LEVEL),--level $(LEVEL)) $(if $(ARMS),--arms $(ARMS)) \
@@ -86,6 +110,9 @@ test: venv  ## the test suite [ARGS='-k gate'] [LONG=1]
 
 test-vllm: vllm  ## the tests that run the real vLLM; there a skip is a failure [LONG=1]
 	SGOPD_TEST_VLLM=1 LONG=$(LONG) .venv/bin/python -m pytest -m vllm tests/vllm --durations=15 --durations-min=1 $(ARGS)
+
+test-cluster: vllm launch-env  ## the tests on a real Slurm of this machine's, as root; apt-get installs it [LONG=1]
+	SGOPD_TEST_CLUSTER=1 LONG=$(LONG) .venv/bin/python -m pytest -m slurm tests/cluster --durations=15 --durations-min=1 $(ARGS)
 
 test-gpu:  ## the tests that need a GPU and vLLM, in an environment of your own [PYTHON=…]
 	SGOPD_TEST_GPU=1 '$(PYTHON)' -m pytest -m gpu tests/gpu --durations=15 --durations-min=1 $(ARGS)
@@ -101,7 +128,8 @@ format: venv  ## ruff's formatter and its safe fixes
 	.venv/bin/ruff format
 
 # uv does not read pip's configuration, hence the find-links by hand. The second resolution takes
-# every version of the first as given, so that adding vLLM changes none.
+# every version of the first as given, so that adding vLLM changes none; the third only what reads
+# recipes, so that they are read alike.
 lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/*.lock anew [ARGS=--upgrade]
 	@links="$$(.venv-lock/bin/python -m pip config get global.find-links 2> /dev/null || true)"; \
 	export UV_FIND_LINKS="$${links// /,}"; \
@@ -118,7 +146,14 @@ lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/*.lock anew [ARGS=--
 		--custom-compile-command 'make lock' --override requirements/vllm-overrides.txt \
 		--constraint <(sed -nE 's/^([^ #]+==[^ ]+).*/\1/p' "$$new") requirements/vllm.in \
 		--output-file .venv-lock/vllm.lock > /dev/null; \
+	echo 'make: resolving $(LAUNCH_LOCK)'; \
+	cp $(LAUNCH_LOCK) .venv-lock/launch.lock 2> /dev/null || rm -f .venv-lock/launch.lock; \
+	resolve --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate $(ARGS) \
+		--custom-compile-command 'make lock' \
+		--constraint <(sed -nE 's/^((omegaconf|pyyaml|setuptools)==[^ ]+).*/\1/p' "$$new") \
+		requirements/launch.in --output-file .venv-lock/launch.lock > /dev/null; \
 	mv "$$new" $(LOCK); mv .venv-lock/vllm.lock $(VLLM_LOCK); \
+	mv .venv-lock/launch.lock $(LAUNCH_LOCK); \
 	echo 'make: done; `make venv` installs it'
 
 .venv-lock/.uv-$(UV_VERSION):

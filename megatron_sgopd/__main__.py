@@ -10,9 +10,12 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sgopd.cli import (
+    cluster,
     compare,
     doctor,
     evaluate,
+    jobs,
+    launch,
     plan,
     rescore,
     serve,
@@ -26,10 +29,13 @@ COMMANDS = (  # in the order of the help
     show_config,
     plan,
     doctor,
+    launch,
+    jobs,
     serve,
     evaluate,
     compare,
     rescore,
+    cluster,
 )
 
 

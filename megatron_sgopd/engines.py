@@ -64,6 +64,12 @@ def make_engine(
             shared_vocab_size=shared_vocab_size,
         )
     vllm = servers_of(config.rollout.vllm, role)
+    if vllm.nodes and not vllm.urls:
+        raise ConfigError(
+            f"rollout.vllm.nodes is {vllm.nodes}: servers on nodes of their own are started by "
+            "slurm/sgopd_8node.sh; elsewhere start them with `sgopd serve RECIPE` and name them in "
+            "rollout.vllm.urls (rollout.vllm.teacher.urls), or set nodes to 0"
+        )
     key = _from_first_rank(new_key(vllm) if groups.rank == 0 else None)
     rows = hf_config.vocab_size
     never_sampled = range(shared_vocab_size or rows, rows)
@@ -82,6 +88,7 @@ def make_engine(
         patience_s=vllm.startup_timeout_s,
         health_timeout_s=vllm.health_timeout_s,
         colocated=vllm.colocated,
+        stop_asked=(run_dir / "STOP").exists,
     )
 
 
@@ -157,6 +164,7 @@ def _remotes(
             max_connections=vllm.max_concurrency,
             timeout_s=vllm.request_timeout_s,
             never_sampled=never_sampled,
+            lost_after_s=vllm.health_timeout_s,
         )
         sender = None
         if index in mine:

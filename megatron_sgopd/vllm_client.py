@@ -6,6 +6,7 @@ restart) and `EngineRefused` when it answers that the request is wrong (asking a
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,17 +39,23 @@ class VllmClient:
         max_connections: int = 256,
         timeout_s: float = 3600.0,
         never_sampled: Iterable[int] = (),
+        lost_after_s: float = 120.0,
     ) -> None:
+        """`lost_after_s`: a host that is gone without a word counts as down."""
         self.url = url.rstrip("/")
         self._bias = dict.fromkeys(map(str, never_sampled), NEVER)
         self._http = httpx2.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"},
             timeout=httpx2.Timeout(timeout_s, connect=10.0),
-            limits=httpx2.Limits(
-                max_connections=max_connections + 8,
-                max_keepalive_connections=64,
-                keepalive_expiry=KEEP_ALIVE_S,
+            transport=httpx2.HTTPTransport(
+                limits=httpx2.Limits(
+                    max_connections=max_connections + 8,
+                    max_keepalive_connections=64,
+                    keepalive_expiry=KEEP_ALIVE_S,
+                ),
+                trust_env=False,
+                socket_options=_keep_alive(lost_after_s),
             ),
             trust_env=False,  # no proxy between a trainer and its engines
         )
@@ -187,6 +194,18 @@ class VllmClient:
         if response.status_code == 404 and path not in ("/health",):
             message += ". A server for training is started with `sgopd serve RECIPE`"
         raise (EngineDown if response.status_code >= 500 else EngineRefused)(message)
+
+
+def _keep_alive(lost_after_s: float) -> list[tuple[int, int, int]]:
+    """The kernel asks a silent peer a few times, and breaks the connection to a lost one."""
+    asks = 4
+    pause = max(1, round(lost_after_s / (2 * asks)))
+    return [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, pause * asks),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, pause),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, asks),
+    ]
 
 
 def _reason(response: httpx2.Response) -> str:

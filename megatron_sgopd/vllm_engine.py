@@ -63,12 +63,13 @@ class VllmEngine:
         patience_s: float,
         health_timeout_s: float = 120.0,
         colocated: bool = False,
+        stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.version, self.policy_version = version, -1
         self.answered = 0  # requests so far
         self._remotes, self._groups, self._patience_s = remotes, groups, patience_s
         self._weights: Callable[[], WeightStream] | None = None  # what it was given last
-        self._colocated, self._asleep = colocated, False
+        self._colocated, self._asleep, self._stop_asked = colocated, False, stop_asked
         self._dtype, self._bucket_bytes = dtype, bucket_bytes
         self._max_restarts = max_restarts
         self._lock = threading.Lock()
@@ -252,7 +253,7 @@ class VllmEngine:
                     remote.server.wait_ready(remote.client.is_ready)
                 else:  # not ours to start; whoever runs it may
                     logger.warning("waiting for the engine at %s", remote.client.url)
-                    _wait(remote.client.is_ready, self._patience_s)
+                    _wait(remote.client.is_ready, self._patience_s, self._stop_asked)
             except (RuntimeError, ConfigError) as error:
                 self._give_up(remote, error)
                 continue
@@ -326,9 +327,12 @@ class VllmEngine:
             remote.client.close()
 
 
-def _wait(is_ready: Callable[[], bool], patience_s: float) -> None:
+def _wait(is_ready: Callable[[], bool], patience_s: float, stop_asked: Callable[[], bool]) -> None:
+    """Raises RuntimeError; a run that is to stop does not wait for an engine first."""
     deadline = time.monotonic() + patience_s
     while not is_ready():
+        if stop_asked():
+            raise RuntimeError("it does not answer, and the run has been asked to stop")
         if time.monotonic() > deadline:
             raise RuntimeError(f"it did not answer within {patience_s:.0f} s")
         time.sleep(0.5)

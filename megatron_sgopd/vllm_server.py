@@ -283,7 +283,7 @@ def _importable(folder: Path) -> Path:
 
 
 def supervise(command: list[str], environment: Mapping[str, str], pipe: int) -> int:
-    """Runs the server until it ends, the pipe's other end closes, or SIGTERM or SIGINT comes.
+    """Runs the server until it ends, the pipe's other end closes, or a signal asks for it.
 
     The server's exit code; 0 where it was ended from here.
     """
@@ -291,7 +291,7 @@ def supervise(command: list[str], environment: Mapping[str, str], pipe: int) -> 
     def ended_with_us() -> None:  # should this process be killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # srun hands on the last
         signal.signal(number, lambda *_: os.close(pipe))
     with tempfile.TemporaryDirectory(prefix="sgopd-vllm-", ignore_cleanup_errors=True) as folder:
         server = subprocess.Popen(

@@ -29,6 +29,8 @@ FLOORS = "floors: imports go down only"
 MATHEMATICS = "the mathematics knows neither Megatron nor vLLM"
 LIGHT = "recipes, nouns and the verifier stay light"
 ENGINE = "vLLM runs in its own process"
+LAUNCHER = "nemo-run lives in an environment of its own"
+LAUNCHES = "what launches is light"
 
 
 def project_files(*suffixes: str) -> Iterator[Path]:
@@ -64,8 +66,9 @@ def requirement_lines(path: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def locked_versions() -> dict[str, Version]:
-    pins = (line.split()[0].split("==") for line in requirement_lines("requirements/cpu.lock"))
+def locked_versions(lock: str = "cpu") -> dict[str, Version]:
+    lines = requirement_lines(f"requirements/{lock}.lock")
+    pins = (line.split()[0].split("==") for line in lines)
     return {canonicalize_name(name): Version(version) for name, version in pins}
 
 
@@ -111,6 +114,8 @@ PLANTED = {  # what is planted: the contract that must name it, and how
     ("utils.py", "import math"): (FLOORS, "utils"),
     ("loss.py", "import megatron.core"): (MATHEMATICS, "loss -> megatron"),
     ("rollout.py", "import vllm"): (ENGINE, "rollout -> vllm"),
+    ("cli/launch.py", "import nemo_run"): (LAUNCHER, "cli.launch -> nemo_run"),
+    ("nemo/experiments.py", "import torch"): (LAUNCHES, "nemo.experiments -> torch"),
     ("config/schema.py", "import torch"): (LIGHT, "config.schema -> torch"),
     ("verifier/rules.py", "import torch"): (LIGHT, "verifier.rules -> torch"),
 }
@@ -150,6 +155,8 @@ def test_planted_import_breaks_its_contract(
         ("sgopd.py", "import megatron.core", {"TID251"}),
         ("rollout.py", "from vllm import LLM", {"TID251"}),
         ("student.py", "import megatron.core.optimizer", set()),  # a door
+        ("experiment.py", "import nemo_run", {"TID251"}),
+        ("nemo/recipes.py", "import nemo_run.cli", set()),  # a door
         ("types.py", "import torch", {"TID253"}),
         ("statistics.py", "from torch import Tensor", {"TID253"}),
         ("verifier/pool.py", "import torch.nn", {"TID253"}),
@@ -224,8 +231,9 @@ def test_pyproject_declares_ranges_only():
     assert "apex" not in {Requirement(line).name for line in lines}, "not NVIDIA's apex on PyPI"
 
 
-def test_lock_pins_and_hashes_every_package():
-    lines = requirement_lines("requirements/cpu.lock")
+@pytest.mark.parametrize("lock", ["cpu", "launch"])
+def test_lock_pins_and_hashes_every_package(lock: str):
+    lines = requirement_lines(f"requirements/{lock}.lock")
     pattern = re.compile(r"[a-z0-9][a-z0-9._-]*==[^\s;]+( +--hash=sha256:[0-9a-f]{64})+")
     assert len(lines) > 50
     assert [line[:80] for line in lines if not pattern.fullmatch(line)] == []
@@ -251,6 +259,15 @@ def test_lock_obeys_its_inputs(path: str):
     for requirement in requirements:
         version = locked[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement}, locked: {version}"
+
+
+def test_the_launchers_lock_obeys_its_input_and_reads_recipes_with_the_same_versions():
+    launch, cpu = locked_versions("launch"), locked_versions()
+    for requirement in map(Requirement, requirement_lines("requirements/launch.in")):
+        assert requirement.specifier.contains(launch[canonicalize_name(requirement.name)])
+    for name in ("omegaconf", "pyyaml", "setuptools"):
+        assert launch[name] == cpu[name], "run make lock"
+    assert "torch" not in launch, "the launcher has no need of it"
 
 
 def test_lock_holds_the_build_backend_and_no_cuda():

@@ -23,10 +23,17 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="the teacher, for rollout.vllm.teacher.urls; without it the student",
     )
+    command.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start it again so often when it dies; the trainer then gives it the weights again",
+    )
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Until it ends or is ended (Ctrl-C); the trainer is pointed to it by rollout.vllm.urls."""
+    """Until it ends or is ended (Ctrl-C, SIGTERM, SIGUSR1); for rollout.vllm.urls of a trainer."""
     config = resolve(load_config(arguments.recipe, [*arguments.overrides, "rollout.engine=vllm"]))
     role = "teacher" if arguments.teacher else "student"
     path = getattr(config.model, role).hf_path
@@ -45,7 +52,6 @@ def serve(arguments: argparse.Namespace) -> int:
         check_version,
         installed_version,
         make_specs,
-        supervise,
     )
 
     check_version(installed_version(vllm.python), vllm, vllm.python or "this environment")
@@ -60,8 +66,21 @@ def serve(arguments: argparse.Namespace) -> int:
         key=os.environ[vllm.api_key_variable],
     )
     print(f"{config.name}: serving {spec.model} at {spec.url}", flush=True)
-    pipe, held = os.pipe()  # nobody's end closes: it ends by a signal
-    try:
-        return supervise(spec.command(), spec.environment(), pipe)
-    finally:
-        os.close(held)
+    return _keep(spec.command(), spec.environment(), arguments.restarts)
+
+
+def _keep(command: list[str], environment: dict[str, str], restarts: int) -> int:
+    """Runs the server; 0 where it was ended from here, else the last one's exit code."""
+    from megatron_sgopd.vllm_server import supervise
+
+    code = 0
+    for left in range(restarts, -1, -1):
+        pipe, held = os.pipe()  # nobody's end closes: it ends by a signal
+        try:
+            code = supervise(command, environment, pipe)
+        finally:
+            os.close(held)
+        if code == 0:
+            break
+        print(f"the server ended with exit code {code}; {left} restarts left", flush=True)
+    return abs(code)

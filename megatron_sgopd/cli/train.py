@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_sgopd.cli.common import Commands, add_command, add_recipe, as_rank, rank_environment
 from megatron_sgopd.config.checks import resolve
+from megatron_sgopd.config.engines import PLACES
 from megatron_sgopd.config.layout import replica_size
 from megatron_sgopd.config.load import diff, load_config
 from megatron_sgopd.config.schema import Config
@@ -43,11 +44,11 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def is_finished(config: Config, run_dir: Path) -> bool:
-    """Whether the run directory holds this very run, done (its measured gate.eps aside)."""
+    """Whether the run directory holds this very run, done (measured gate.eps, servers aside)."""
     status, written = run_dir / "status", run_dir / "config.yaml"
     if not (status.is_file() and written.is_file() and (run_dir / "summary.json").is_file()):
         return False
-    changed = set(diff(load_config(written), config)) - {"distill.gate.eps"}
+    changed = set(diff(load_config(written), config)) - {"distill.gate.eps", *PLACES}
     return status.read_text(encoding="utf-8").strip() == "finished" and not changed
 
 

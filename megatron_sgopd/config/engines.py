@@ -16,6 +16,10 @@ from megatron_sgopd.config.schema import (
 
 PROBE_PROMPT, PROBE_LENGTH = 272, 16  # tokens of the guard's fixed sequences (docs/vllm.md)
 MOST_OF_A_GPU = 0.95  # of its memory, for servers
+# Where a run's servers are, which may differ each time it is resumed.
+PLACES = tuple(
+    f"rollout.vllm.{key}" for key in ("urls", "teacher.urls", "nodes", "host", "port", "devices")
+)
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -55,6 +59,16 @@ def engine_problems(config: Config) -> Iterator[str]:
 
 def _servers(vllm: VllmConfig) -> Iterator[str]:
     yield from _urls("rollout.vllm.urls", vllm.urls)
+    if vllm.nodes and vllm.colocated:
+        yield (
+            f"rollout.vllm.nodes is {vllm.nodes} with rollout.vllm.colocated: servers have nodes "
+            "of their own or share the trainer's; set one of them"
+        )
+    if vllm.nodes and not vllm.urls and vllm.num_engines % vllm.nodes:
+        yield (
+            f"rollout.vllm.num_engines is {vllm.num_engines} and rollout.vllm.nodes {vllm.nodes}, "
+            "which cannot share them equally: use a multiple"
+        )
     if vllm.urls and vllm.colocated:
         yield "rollout.vllm.colocated starts its own servers; set rollout.vllm.urls to null"
     if vllm.colocated and vllm.weight_transfer == "nccl":
@@ -91,7 +105,7 @@ def _urls(name: str, urls: list[str] | None) -> Iterator[str]:
 
 
 def _teacher_servers(config: Config) -> Iterator[str]:
-    student, phases = config.rollout.vllm, config.distill.phases
+    student = config.rollout.vllm
     teacher = servers_of(student, "teacher")
     yield from _urls("rollout.vllm.teacher.urls", teacher.urls)
     if twice := sorted(set(student.urls or []) & set(teacher.urls or [])):
@@ -104,16 +118,27 @@ def _teacher_servers(config: Config) -> Iterator[str]:
             f"the teacher's servers (rollout.vllm.teacher) have {len(teacher.devices)} entries of "
             f"devices and num_engines is {teacher.num_engines}: one for each"
         )
-    shared = student.colocated or student.devices is not None
+    if student.nodes and not teacher.urls and teacher.num_engines % student.nodes:
+        yield (
+            f"rollout.vllm.teacher.num_engines is {teacher.num_engines} and rollout.vllm.nodes "
+            f"{student.nodes}, which cannot share them equally: use a multiple"
+        )
+    shared = bool(student.colocated or student.nodes or student.devices is not None)
     shared = shared and teacher.devices == student.devices and not teacher.urls
     both = student.gpu_memory_utilization + teacher.gpu_memory_utilization
-    if shared and both > MOST_OF_A_GPU and phases.enabled and phases.source == "engine":
+    if shared and both > MOST_OF_A_GPU and samples_teacher(config):
         yield (
             "rollout.vllm.gpu_memory_utilization of the student's and the teacher's servers, which "
             f"share devices while the teacher is asked, add up to {both:.2f}; at most "
             f"{MOST_OF_A_GPU}: set rollout.vllm.teacher.gpu_memory_utilization, or "
             "rollout.vllm.teacher.devices to GPUs of their own"
         )
+
+
+def samples_teacher(config: Config) -> bool:
+    """Whether a teacher's engine is asked at some time of the run."""
+    phases = config.distill.phases
+    return phases.enabled and phases.rho0 > 0 and phases.source == "engine"
 
 
 def servers_of(vllm: VllmConfig, role: str) -> VllmConfig:

