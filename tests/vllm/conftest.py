@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,26 +13,6 @@ from megatron_sgopd.vllm_server import VllmServer, installed_version, make_specs
 from tests import tiny
 
 KEY = "the-tests-own-key"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here runs the real vLLM: in `make test-vllm` alone, which installs it."""
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.vllm)
-            if not os.environ.get("SGOPD_TEST_VLLM"):
-                item.add_marker(pytest.mark.skip(reason="real vLLM: make test-vllm"))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """In `make test-vllm` a skip is a failure: what was to be proven was not."""
-    report = yield
-    long = "LONG=1" in str(report.longrepr)  # what the long form adds
-    if os.environ.get("SGOPD_TEST_VLLM") and report.skipped and not long:
-        report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr}"
-    return report
 
 
 @dataclass(frozen=True)
