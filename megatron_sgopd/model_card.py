@@ -17,10 +17,10 @@ from megatron_sgopd.hf_writer import MARK, README
 LICENCE_KEYS = ("license", "license_name", "license_link")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 RESULTS = {  # of summary.json: fractions
-    "avg_at_k": "avg@{k}",
+    "avg_at_k": "avg@{n}",
     "pass_at_k": "pass@{k}",
     "greedy": "greedy",
-    "initial_avg_at_k": "avg@{k} before training",
+    "initial_avg_at_k": "avg@{n} before training",
 }
 
 
@@ -92,19 +92,25 @@ def _what_it_is(origin: Origin, method: str | None, step: int | None) -> str:
     base = f"`{origin.name}`" if origin.name else "a model"
     if method is None:
         return f"Weights of {base}, converted by megatron_sgopd.\n"
-    return f"Weights of {base} after {step} steps of `{method}`, trained by megatron_sgopd.\n"
+    steps = "1 step" if step == 1 else f"{step} steps"
+    return f"Weights of {base} after {steps} of `{method}`, trained by megatron_sgopd.\n"
 
 
 def _rows(results: Mapping[str, Any], step: int | None) -> list[str]:
-    k = results.get("k")
+    n, k = results.get("num_samples"), results.get("k")
     rows = [
-        f"| {label.format(k=k)} | {100 * results[key]:.1f} % |\n"
+        f"| {label.format(n=n, k=k)} | {100 * results[key]:.1f} % |\n"
         for key, label in RESULTS.items()
         if isinstance(results.get(key), float | int)
     ]
     if interval := results.get("ci95"):
         low, high = (100 * x for x in interval)
-        rows.insert(1, f"| 95 % interval of avg@{k} | {low:.1f} – {high:.1f} % |\n")
+        rows.insert(1, f"| 95 % interval of avg@{n} | {low:.1f} – {high:.1f} % |\n")
+    sets = results.get("benchmarks", {})
+    if len(sets) > 1:  # the lines above are the mean of these
+        rows += [
+            f"| avg@{n} on {name} | {100 * of['avg_at_k']:.1f} % |\n" for name, of in sets.items()
+        ]
     if (best := results.get("best")) and best["step"] == step:
         label = f"avg@{best['k']} on the development set at step {best['step']}"
         rows.append(f"| {label} | {100 * best['avg_at_k']:.1f} % |\n")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sgopd.families import hf_shapes
 from megatron_sgopd.hf_files import iter_safetensors, read_hf_config
+from megatron_sgopd.model_card import Origin, model_card
 from tests import conversion_cases
 from tests.conversion_cases import FAMILIES, LAYOUTS, to_hf, to_megatron, weights_of
 from tests.pool import Pool
@@ -119,6 +120,20 @@ def test_what_travels_with_the_weights(
     conversion_cases.run(pool, to_megatron(out, tmp_path / "again"))
     conversion_cases.run(pool, to_hf(tmp_path / "again", tmp_path / "out again"))
     assert (tmp_path / "out again" / "README.md").read_text() == card
+
+
+def test_the_card_names_samples_and_sets() -> None:
+    each = {"aime": {"avg_at_k": 0.25}, "hmmt": {"avg_at_k": 0.75}}
+    results = {"avg_at_k": 0.5, "ci95": [0.4, 0.6], "pass_at_k": 0.9, "num_samples": 32, "k": 4}
+    card = model_card(Origin("mine"), step=9, results=results | {"benchmarks": each})
+    rows = [line for line in card.splitlines() if line.startswith("|")][2:]
+    assert rows == [
+        "| avg@32 | 50.0 % |",
+        "| 95 % interval of avg@32 | 40.0 – 60.0 % |",
+        "| pass@4 | 90.0 % |",
+        "| avg@32 on aime | 25.0 % |",
+        "| avg@32 on hmmt | 75.0 % |",
+    ]
 
 
 # -- memory ----------------------------------------------------------------------------------------
