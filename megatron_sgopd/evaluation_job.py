@@ -39,11 +39,10 @@ from megatron_sgopd.rollout import make_sampler
 from megatron_sgopd.samples import Journal, Row, journal_path, read_samples, settle
 from megatron_sgopd.scores import (
     Settings,
-    changes,
+    conflicts,
     label,
     problems_path,
     read_settings,
-    resumable,
     score,
     table,
     write_json,
@@ -154,16 +153,13 @@ def _check_same(plan: Plan) -> None:
     """Raises ValueError where the folder's samples are those of another evaluation."""
     if not (plan.folder / "settings.json").is_file():
         return
-    before, now = resumable(read_settings(plan.folder)), resumable(plan.settings)
-    # Benchmarks may come and go: each has its own samples.
-    lacking = {key for key in before.keys() ^ now.keys() if key.startswith("the prompts of ")}
-    odd = changes(*({k: v for k, v in s.items() if k not in lacking} for s in (before, now)))
-    if odd:
+    before = read_settings(plan.folder)
+    if odd := conflicts(before, plan.settings):
         rescore = "; `sgopd rescore` judges its samples by another verifier"
         raise ValueError(
             f"{plan.folder} holds an evaluation under other settings (there and now: "
             f"{'; '.join(odd)}): set them back to go on with it, or give another --out"
-            + (rescore if before["verifier"] != now["verifier"] else "")
+            + (rescore if before["verifier"] != plan.settings["verifier"] else "")
         )
 
 
@@ -229,8 +225,9 @@ def begin(plan: Plan) -> None:
         settings["others"] = {k: v for k, v in others.items() if k not in settings["benchmarks"]}
     for benchmark in plan.benchmarks:
         samples.write_lines(problems_path(folder, benchmark.name), benchmark.problems)
-        if rows := read_samples(folder, benchmark.name):
-            settle(folder, benchmark.name, benchmark.problems, rows)
+        # Without rows too: nothing may be appended to a journal whose only line is torn.
+        rows = read_samples(folder, benchmark.name)
+        settle(folder, benchmark.name, benchmark.problems, rows)
     (folder / "config.yaml").write_text(to_yaml(plan.config), encoding="utf-8")
     write_json(folder / "settings.json", settings)
     set_status(plan, "running")

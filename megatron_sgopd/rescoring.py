@@ -12,6 +12,7 @@ from megatron_sgopd.config.load import to_yaml
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.samples import read_lines, read_samples, settle, write_lines
 from megatron_sgopd.scores import (
+    conflicts,
     label,
     problems_path,
     read_records,
@@ -26,10 +27,17 @@ def rescore_folder(folder: Path, out: Path, config: Config) -> dict[str, Any]:
     """Labels every sample of `folder` anew by `config.verifier`; the summary of `out`.
 
     Raises:
-        ValueError: an evaluation that is not finished, or a verifier that cannot be had.
+        ValueError: an evaluation that is not finished, a verifier that cannot be had, or an `out`
+            with samples of another evaluation.
     """
     settings, v = read_settings(folder), config.verifier
     read_records(folder)  # finished, or says what is missing
+    if (out / "settings.json").is_file():
+        there = read_settings(out) | {"verifier": settings["verifier"]}
+        if odd := conflicts(there, settings):
+            raise ValueError(
+                f"{out} holds other samples (there and now: {'; '.join(odd)}): give another --out"
+            )
     scoring = {"k": config.evaluation.k, "bootstrap_samples": config.evaluation.bootstrap_samples}
     settings |= {"verifier": v.name, "scoring": {**settings["scoring"], **scoring}}
     with VerifierPool(v.name, v.timeout_s, v.num_workers, v.memory_mb) as verifier:

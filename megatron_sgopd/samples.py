@@ -86,10 +86,14 @@ def journal_path(folder: Path, benchmark: str, rank: int) -> Path:
     return folder / "journals" / f"{benchmark}.{rank:05d}.jsonl"
 
 
+def _journals(folder: Path, benchmark: str) -> list[Path]:
+    """Of all ranks: five digits and no more, since aime.24 may be a benchmark beside aime."""
+    return sorted((folder / "journals").glob(f"{benchmark}.{'[0-9]' * 5}.jsonl"))
+
+
 def read_samples(folder: Path, benchmark: str) -> dict[Key, Row]:
     """All that is there of a benchmark: what was put in order, and the journals."""
-    journals = sorted((folder / "journals").glob(f"{benchmark}.[0-9]*.jsonl"))
-    files = [_samples_path(folder, benchmark), *journals]
+    files = [_samples_path(folder, benchmark), *_journals(folder, benchmark)]
     return join(row for file in files for row in read_lines(file))
 
 
@@ -100,7 +104,7 @@ def settle(
     place = {problem["id"]: i for i, problem in enumerate(problems)}
     order = sorted(rows, key=lambda key: (place[key[0]], key[1]))
     write_lines(_samples_path(folder, benchmark), (rows[key] for key in order))
-    for journal in (folder / "journals").glob(f"{benchmark}.[0-9]*.jsonl"):
+    for journal in _journals(folder, benchmark):
         journal.unlink()
 
 

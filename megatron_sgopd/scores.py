@@ -61,6 +61,16 @@ def resumable(settings: Settings) -> dict[str, Any]:
     return {**model, **kept, **_under(settings, "sampling", "prompting"), **prompts}
 
 
+def conflicts(there: Settings, now: Settings) -> list[str]:
+    """Why samples made under `there` are not those of `now`, a phrase each.
+
+    Benchmarks may come and go: each has its own samples.
+    """
+    before, after = resumable(there), resumable(now)
+    lacking = {key for key in before.keys() ^ after.keys() if key.startswith("the prompts of ")}
+    return changes(*({k: v for k, v in s.items() if k not in lacking} for s in (before, after)))
+
+
 def comparable(settings: Settings) -> dict[str, Any]:
     """What the evaluations of two models must share to be compared."""
     kept = {"verifier": settings["verifier"]}

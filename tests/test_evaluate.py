@@ -20,7 +20,7 @@ from megatron_sgopd.__main__ import _parse, main
 from megatron_sgopd.cli.evaluate import PROTOCOL, config_of
 from megatron_sgopd.config.load import load_config
 from megatron_sgopd.fingerprint import fingerprint
-from megatron_sgopd.samples import join, read_lines, read_samples
+from megatron_sgopd.samples import Journal, join, journal_path, read_lines, read_samples, settle
 from megatron_sgopd.vllm_server import free_ports
 from tests import evaluation_cases
 from tests.evaluation_cases import SHORT, complaint, judge, make_model, on_ranks, write_sets
@@ -138,7 +138,7 @@ def test_two_ranks_give_what_one_gives(
 # -- resumption ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [11, 37])
+@pytest.mark.parametrize("after", [1, 11, 37])
 def test_a_killed_evaluation_goes_on_and_nothing_is_made_twice(
     pool: Any,
     models: dict[str, Path],
@@ -156,7 +156,7 @@ def test_a_killed_evaluation_goes_on_and_nothing_is_made_twice(
     journals = list((tmp_path / "out" / "journals").iterdir())
     assert any(not journal.read_bytes().endswith(b"\n") for journal in journals), "a torn line"
     there = {name: set(read_samples(tmp_path / "out", name)) for name in SETS}
-    assert 0 < sum(map(len, there.values())) < 30
+    assert min(after - 1, 1) <= sum(map(len, there.values())) < 30
     (made,) = pool(1).run(evaluation_cases.made_on_ranks, given)
     assert sorted(made) == sorted(
         (row["id"], row["sample"])
@@ -385,6 +385,19 @@ def test_samples_are_scored_again_by_another_verifier(
     assert "does not read evaluation.temperature" in said
 
 
+def test_scoring_again_replaces_no_other_samples(
+    evaluated: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(evaluated["b"], other)
+    given = ["rescore", str(evaluated["a"]), OWN]
+    said = complaint(capsys, *given, "--out", str(other))
+    assert "holds other samples" in said and "the model's content" in said
+    assert contents(other) == contents(evaluated["b"])
+    for k in ("evaluation.k=2", "evaluation.k=3"):  # a folder of its own is written anew
+        assert main([*given, k, "--out", str(tmp_path / "again")]) == 0
+
+
 def test_two_models_are_compared_problem_by_problem(
     evaluated: dict[str, Path], tmp_path: Path, capsys: Any
 ) -> None:
@@ -443,6 +456,19 @@ def test_a_torn_last_line_is_left_out_and_another_is_named(tmp_path: Path) -> No
     path.write_text('{"a": 1}\n{"a"\n{"a": 3}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: not JSON"):
         list(read_lines(path))
+
+
+def test_a_benchmark_does_not_touch_one_whose_name_begins_like_its_own(tmp_path: Path) -> None:
+    row = {"id": "p", "sample": 0, "completion": "x"}
+    for name in ("aime", "aime.24", "aime.00000"):
+        journal = Journal(journal_path(tmp_path, name, 0))
+        journal.append(row | {"completion": name})
+        journal.close()
+    rows = read_samples(tmp_path, "aime")
+    assert rows == {("p", 0): row | {"completion": "aime"}}
+    settle(tmp_path, "aime", [{"id": "p"}], rows)
+    for name in ("aime.24", "aime.00000"):
+        assert read_samples(tmp_path, name) == {("p", 0): row | {"completion": name}}
 
 
 def test_rows_are_joined_with_their_verdicts() -> None:
