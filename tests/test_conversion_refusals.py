@@ -289,6 +289,30 @@ def test_a_runs_checkpoint_is_not_replaced(
     assert "is a checkpoint of a run: choose another --out" in error
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(
+    pool: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    for _ in range(2):  # the place is made, then replaced
+        conversion_cases.run(pool, to_hf(checkpoint, tmp_path / "out"))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"]
+        assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
+    assert (tmp_path / "out").is_symlink()
+    assert weights_of(tmp_path / "disk" / "out")
+
+
+def test_a_place_where_nothing_can_be_written(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "out")
+    said = refusal(capsys, "megatron_to_hf", "--checkpoint", str(checkpoint), "--out", out)
+    assert said.startswith("error: ") and "Not a directory" in said and said.count("\n") <= 2
+    given = ("--checkpoint", str(checkpoint), "--out", "/proc")
+    assert "mounted: give a folder in it" in refusal(capsys, "megatron_to_hf", *given)
+
+
 def test_a_former_export_is_replaced(pool: Any, checkpoint: Path, tmp_path: Path) -> None:
     for _ in range(2):
         conversion_cases.run(pool, to_hf(checkpoint, tmp_path / "out"))

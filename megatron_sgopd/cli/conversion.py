@@ -37,16 +37,17 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
 
 def run(make_job: Callable[[], ToMegatron | ToHf]) -> int:
     """Checks the job and does it; the exit code. Errors are one line, with what to do."""
+    from megatron_sgopd.folders import begin_folder, discard_folder
+    from megatron_sgopd.launch import run_ranks
+
     try:
         job = make_job()
         for warning in job.check():
             print(f"warning: {warning}", file=sys.stderr)
+        begin_folder(Path(job.out))  # before ranks start: it may not be writable
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from megatron_sgopd.folders import discard_folder
-    from megatron_sgopd.launch import run_ranks
-
     with tempfile.TemporaryDirectory(prefix="sgopd-convert-") as folder:
         arguments = [folder, job.to_json()]
         code = run_ranks(
