@@ -72,7 +72,8 @@ def read_hf_config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
+        reason = str(error).partition("\n")[0]  # advice on upgrading transformers follows
+        raise ValueError(f"{path / 'config.json'} cannot be read: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,11 @@ class StoredWeights:
         try:  # weights_only: plain tensors and nothing that runs
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
-        except Exception as error:
-            raise ValueError(f"{file} cannot be read as plain tensors: {error}") from error
+        except Exception as error:  # whose text tells how to read it all the same
+            raise ValueError(
+                f"{file} cannot be read as plain tensors ({type(error).__name__}): it is damaged, "
+                "or holds objects that could run code"
+            ) from error
         codes = {dtype: code for code, dtype in DTYPES.items()}
         for name, tensor in tensors.items():
             self._pickled[name] = tensor

@@ -168,7 +168,8 @@ def text_field(row: Row, field: str, where: str, key: str) -> str:
         raise BadRow(
             "missing_field",
             where,
-            f"no field {field!r}; it has {', '.join(sorted(row))}. Set {key} to one of them",
+            f"no field {field!r}; it has {', '.join(sorted(row)) or 'none'}. Set {key} to one of "
+            "them",
             field,
         )
     if isinstance(value, bool) or not isinstance(value, str | int | float):

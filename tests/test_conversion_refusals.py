@@ -110,6 +110,16 @@ def test_a_config_that_would_be_computed_otherwise_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_kind_of_model_that_nobody_knows_is_one_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = shutil.copytree(source, tmp_path / "hf")
+    (hf / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    error = refusal(capsys, "hf_to_megatron", "--hf", str(hf), "--out", str(tmp_path / "out"))
+    assert error.startswith(f"error: {hf}/config.json cannot be read: ") and "`nonsense`" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [("mlp_bias", "mlp_bias True; supported for Llama 3"), ("attention_bias", "attention_bias")],
@@ -183,7 +193,7 @@ def test_pickled_weights_are_read_where_they_are_allowed_and_run_nothing(
     conversion_cases.run(pool, to_hf(tmp_path / "mcore", tmp_path / "out"))
     assert weights_of(tmp_path / "out") == weights_of(source)
     torch.save({NORM: Path}, hf / "pytorch_model.bin")  # something to be made, not a tensor
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read as plain tensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read as .*run code$"):
         to_megatron(hf, tmp_path / "mcore2", allow_pickle=True).check()
 
 
