@@ -55,9 +55,6 @@ class Job:
                 raise ValueError(f"--{name}-model-parallel-size is {size}; at least 1 is wanted")
         check_layout(hf_config, self.tensor_parallel, self.pipeline_parallel)
 
-    def _dtype_or(self, kept: torch.dtype) -> torch.dtype:
-        return kept if self.dtype == "keep" else getattr(torch, self.dtype)
-
 
 @dataclass(frozen=True)
 class ToMegatron(Job):
@@ -76,7 +73,7 @@ class ToMegatron(Job):
 
     @property
     def target_dtype(self) -> torch.dtype:
-        return self._dtype_or(self.weights.dtype)
+        return self.weights.dtype if self.dtype == "keep" else getattr(torch, self.dtype)
 
     @property
     def origin(self) -> Origin:
@@ -102,7 +99,8 @@ class ToMegatron(Job):
             )
         self._check_sizes(self.hf_config)
         self.weights.check(hf_shapes(self.hf_config), tied_pair(self.hf_config))
-        self.target_dtype  # noqa: B018 (a type that is not supported is refused)
+        self.weights.check_types()
+        self.target_dtype  # noqa: B018 (several types are refused where none is chosen)
         return _missing_tokenizer(Path(self.hf))
 
 
@@ -121,7 +119,7 @@ class ToHf(Job):
 
     @property
     def target_dtype(self) -> torch.dtype:
-        return self._dtype_or(self.stored.dtype)
+        return self.stored.dtype if self.dtype == "keep" else getattr(torch, self.dtype)
 
     def check(self) -> Sequence[str]:
         """Warnings.

@@ -119,12 +119,11 @@ class StoredWeights:
         """(name, tensor) of all, one in memory at a time."""
         return ((name, self.get(name)) for name in self.entries)
 
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """Of all tensors.
+    def check_types(self) -> dict[str, str]:
+        """safetensors' types of the tensors, each with a tensor of it.
 
         Raises:
-            ValueError: a type that no model here has, or several of them.
+            ValueError: a type that no model here has.
         """
         found = {entry.dtype: name for name, entry in self.entries.items()}
         if strange := sorted(set(found) - set(DTYPES)):
@@ -132,6 +131,16 @@ class StoredWeights:
                 f"{self.path}: {found[strange[0]]!r} has the type {strange[0]}, of quantised "
                 f"weights or other data; supported are {', '.join(DTYPES)}"
             )
+        return found
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors.
+
+        Raises:
+            ValueError: a type that no model here has, or several of them.
+        """
+        found = self.check_types()
         if len(found) > 1:
             kinds = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(found.items()))
             raise ValueError(

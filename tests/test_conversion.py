@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_sgopd.families import hf_shapes
@@ -91,6 +92,18 @@ def test_a_type_is_kept_or_changed_on_request(pool: Any, tmp_path: Path) -> None
         assert {w.dtype for w in weights.values()} == {torch.float32}
         assert all(torch.equal(weights[n], w.float()) for n, w in iter_safetensors(hf))
         assert AutoModelForCausalLM.from_pretrained(tmp_path / folder).dtype == torch.float32
+
+
+def test_several_types_become_the_one_that_is_chosen(pool: Any, tmp_path: Path) -> None:
+    hf = make_hf_dir(tmp_path / "hf", 3, **FAMILIES["qwen2"])
+    weights = {n: w.half() if "k_proj" in n else w for n, w in iter_safetensors(hf)}
+    for file in hf.glob("*.safetensors*"):
+        file.unlink()
+    save_file(weights, hf / "model.safetensors")
+    conversion_cases.run(pool, to_megatron(hf, tmp_path / "mcore", dtype="float32"))
+    conversion_cases.run(pool, to_hf(tmp_path / "mcore", tmp_path / "out"))
+    for name, weight in iter_safetensors(tmp_path / "out"):
+        assert weight.dtype == torch.float32 and torch.equal(weight, weights[name].float())
 
 
 @pytest.mark.parametrize("size", LAYOUTS, ids=lambda size: "TP{} PP{}".format(*size))
