@@ -247,6 +247,8 @@ def _indexed(path: Path, index: str, kind: str) -> list[Path]:
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / index} is not an index of {kind} files ({error!r})") from error
+    if outside := [n for n in names if Path(n).name != n]:
+        raise ValueError(f"{path / index} names {outside[0]}, which is not a file of its folder")
     if absent := [n for n in names if not (path / n).is_file()]:
         raise ValueError(f"{path / index} names {absent[0]}, which is missing")
     return [path / n for n in names]

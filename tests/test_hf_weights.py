@@ -355,6 +355,12 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
         weight_files(sharded)
 
 
+def test_an_index_that_leads_out_of_its_folder_is_refused(sharded: Path) -> None:
+    (sharded / INDEX).write_text('{"weight_map": {"w": "../other/model.safetensors"}}')
+    with pytest.raises(ValueError, match=r"names \.\./other/.*, which is not a file of its folder"):
+        weight_files(sharded)
+
+
 @pytest.mark.parametrize("index", ["{", '{"metadata": {}}', "[]"])
 def test_a_broken_index_is_named(sharded: Path, index: str) -> None:
     (sharded / INDEX).write_text(index)
