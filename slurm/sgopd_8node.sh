@@ -34,6 +34,11 @@ source slurm/lib/steps.sh
 source slurm/lib/verdict.sh
 
 ARGUMENTS=("$@")
+if [[ ${1:-} == -* ]]; then
+    echo "sgopd: $1 came where a recipe or key=value is wanted; options of sbatch go before the" \
+        "script: sbatch [OPTIONS] slurm/sgopd_8node.sh [RECIPE] [key=value ...]" >&2
+    exit 2
+fi
 if (($# == 0)) || [[ $1 == *=* ]]; then
     ARGUMENTS=(recipes/qwen3_8node.yaml "$@")
 fi

@@ -165,8 +165,112 @@ def test_where_it_cannot_run_it_says_so(variables: dict[str, str], folder: str, 
     assert words in result.stderr
 
 
+@pytest.mark.parametrize("name", ["MAX_REQUEUES", "PREFLIGHT_S", "CLOCK_S", "GRACE_S"])
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "08"])
+def test_a_setting_that_is_no_number_is_told_at_once(name: str, value: str):
+    result = dry_run("recipes/demo/sg_opd.yaml", **{f"SGOPD_{name}": value})
+    assert result.returncode == 2
+    assert result.stderr == f"sgopd: SGOPD_{name} is {value}; a whole number is wanted\n"
+
+
+@pytest.mark.parametrize("option", ["-N", "--help"])
+def test_options_of_sbatch_go_before_the_script(option: str):
+    result = dry_run(option, "2")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"sgopd: {option} came where a recipe or key=value is wanted")
+
+
 def test_a_mistake_in_the_recipe_is_the_last_word():
     result = dry_run("recipes/demo/sg_opd.yaml", "parallel.tensor_model_parallel_size=5")
     assert result.returncode == 2
     assert "6 processes cannot be TP 5" in result.stderr
     assert not steps_of(subprocess.CompletedProcess([], 0, result.stdout, ""))
+
+
+# -- a job whose Slurm is a few lines of bash ------------------------------------------------------
+
+FAKES = {
+    "srun": """
+        while [[ $1 == -* ]]; do
+            [[ $1 != --nodes=* ]] || nodes=${1#*=}
+            shift
+        done
+        [[ $* != *guard.sh* ]] || exec tail --pid=$PPID -f /dev/null
+        export SLURMD_NODENAME=node1 SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0
+        [[ $* == *preflight.sh* ]] || exec "$@"
+        for ((i = 1; i <= nodes; i++)); do SLURMD_NODENAME=node$i "$@"; done
+    """,
+    "scontrol": """
+        if [[ $1 == show ]]; then tr , '\\n' <<< "$3"; else
+            echo "scontrol $*"
+            kill -KILL $PPID
+        fi
+    """,
+    "python": """
+        case "$3 $4" in
+            "cluster preflight") echo "${@: -1} $(date +%s) ok" ;;
+            cluster*) exec "$REAL_PYTHON" "$@" ;;
+            train*) eval "$TRAIN" ;;
+            serve*) eval "$SERVE" ;;
+        esac
+    """,
+}
+
+
+def run_job(
+    tmp_path: Path, *settings: str, train: str = "", serve: str = ""
+) -> tuple[int, str, Path]:
+    """Exit code, output and run directory of a job on two nodes; what its steps do is told."""
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(exist_ok=True)
+    result = dry_run(
+        "recipes/demo/sg_opd.yaml",
+        *("parallel.data_parallel_size=null", f"logging.run_dir={run_dir}", *settings),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        REAL_PYTHON=sys.executable,
+        SGOPD_DRY_RUN="",
+        SGOPD_PYTHON=str(tmp_path / "python"),
+        SLURM_JOB_NODELIST="node1,node2",
+        SLURM_JOB_NUM_NODES="2",
+        TRAIN=f"cd {run_dir}; {train}",
+        SERVE=serve,
+    )
+    return result.returncode, result.stdout + result.stderr, run_dir
+
+
+SERVERS_FAIL = ("exit 1", "requeue (engines lost; 1 of 3", -9)
+CANCELLED = ("kill -TERM $PPID; exec sleep 60", "cancelled at the start", 143)
+NEAR_THE_LIMIT = ("kill -USR1 $PPID; exec sleep 60", "requeue (time limit; 1 of 3", -9)
+
+
+@pytest.mark.parametrize("before", ["finished", "stopped"])
+@pytest.mark.parametrize(("serve", "word", "code"), [SERVERS_FAIL, CANCELLED, NEAR_THE_LIMIT])
+def test_an_earlier_attempts_status_is_no_verdict(
+    tmp_path: Path, before: str, serve: str, word: str, code: int
+):
+    """Trainers that never start, on the directory of a run that goes on with more steps."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status").write_text(f"{before}\n")
+    settings = (*SPLIT.split(), "rollout.vllm.num_engines=1", "num_steps=80")
+    ended, said, run_dir = run_job(tmp_path, *settings, serve=serve)
+    assert word in said, said
+    assert ("scontrol requeue 77" in said, ended) == (code == -9, code)
+    assert not (run_dir / "status").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "word", "code"),
+    [
+        ("echo finished > status", "finished: ", 0),
+        ("echo stopped > status", "stopped on request", 0),
+        ("exit 1", "requeue (failure; 1 of 3 without progress), from the start", -9),
+        ("mkdir -p checkpoints/step-00000005; exit 1", "1 of 3 without progress), from step-", -9),
+    ],
+)
+def test_the_verdict_is_the_runs(tmp_path: Path, train: str, word: str, code: int):
+    ended, said, _ = run_job(tmp_path, train=train)
+    assert word in said, said
+    assert ended == code

@@ -22,6 +22,12 @@ CLOCK_S=${SGOPD_CLOCK_S:-30}                # how far apart clocks may be
 STARTUP_S=${SGOPD_STARTUP_S:-1800}          # for the servers to load their models
 GRACE_S=${SGOPD_GRACE_S:-1800}              # for a checkpoint, once the engines are lost
 ENGINE_RESTARTS=${SGOPD_ENGINE_RESTARTS:-3} # of each server
+for name in MAX_REQUEUES PREFLIGHT_S CLOCK_S STARTUP_S GRACE_S ENGINE_RESTARTS; do
+    if [[ ! ${!name} =~ ^(0|[1-9][0-9]*)$ ]]; then # said now, not hours later
+        echo "sgopd: SGOPD_$name is ${!name}; a whole number is wanted" >&2
+        exit 2
+    fi
+done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PYTHONUNBUFFERED=1
 export SLURM_CPU_BIND=none # a rank's threads and its verifier's processes share the node's CPUs
 unset SLURM_UNBUFFEREDIO SLURM_LABELIO # srun would mix, or mark, the lines that nodes answer with

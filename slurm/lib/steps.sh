@@ -177,8 +177,9 @@ end_engines() { # srun hands USR1 on, which `sgopd serve` takes for a request to
 # -- training --------------------------------------------------------------------------------------
 
 start_trainers() { # one task a GPU, on the first nodes
-    if [[ -n $STOPPING ]]; then return; fi
+    # Even where none are started: an earlier attempt's status is no verdict on this one.
     [[ -n $DRY_RUN ]] || rm -rf "$RUN_DIR/errors" "$RUN_DIR/status"
+    if [[ -n $STOPPING ]]; then return; fi
     LOG="$LOGS/trainer-%N.log" step_in_background 0 "$TRAINER_NODES" "$PROCESSES" \
         --kill-on-bad-exit=1 --wait=60 bash slurm/tasks/train.sh \
         "${SGOPD[@]}" train "${ARGUMENTS[@]}" "${OVERRIDES[@]}"

@@ -31,7 +31,9 @@ settle() { # ends this shell
     [[ -z $DRY_RUN ]] || exit 0
     if [[ -n $GUARD_PID ]]; then kill -TERM "$GUARD_PID" 2> /dev/null || true; fi
     status=$(cat "$RUN_DIR/status" 2> /dev/null || echo none)
-    say "the trainers ended with exit code $TRAINER_CODE, status $status"
+    if [[ -n $TRAINER_PID ]]; then
+        say "the trainers ended with exit code $TRAINER_CODE, status $status"
+    fi
     if [[ $status == finished ]]; then
         rm -f "$RUN_DIR/requeues"
         say "finished: $RUN_DIR/summary.json"
@@ -45,7 +47,7 @@ settle() { # ends this shell
         say "stopped on request at $(newest_checkpoint); the same sbatch resumes it"
         exit 0
     fi
-    if [[ $STOPPING == USR1 && $status == stopped ]]; then
+    if [[ $STOPPING == USR1 && ($status == stopped || -z $TRAINER_PID) ]]; then
         requeue "time limit" 0
     elif [[ $STOPPING == ENGINES ]]; then
         requeue "engines lost" 1
