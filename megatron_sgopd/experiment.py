@@ -30,6 +30,10 @@ FILE = "executors.yaml"  # in the project's folder, else in ~/.config/sgopd
 KINDS = ("local", "slurm")
 NUMBERS, LISTS, MAPPINGS = ("nodes", "gpus_per_node"), ("mounts",), ("env", "options")
 DEFAULT_NODES, DEFAULT_GPUS = 8, 8
+KEYS = {  # of mappings: what they look like
+    "env": (r"[A-Za-z_]\w*", "a variable's name and its value"),
+    "options": (r"[a-z][\w-]*", "an option of sbatch and its value"),
+}
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,28 @@ def _executor(name: str, settings: Any, where: str) -> Executor:
         if not isinstance(value, wanted):
             names = {dict: "a mapping", list: "a list", str: "one value"}
             raise ConfigError(f"{where}: {key} is {value!r}; {names[wanted]} is wanted")
+        if isinstance(value, list) and not all(isinstance(each, str) for each in value):
+            raise ConfigError(f"{where}: {key} is {value!r}; a list of texts is wanted")
+        if isinstance(value, dict):
+            _check_mapping(key, value, f"{where}: {key}")
     values: dict[str, Any] = {"kind": name if name in KINDS else "slurm", **settings}
     values |= {key: _count(values[key], f"{where}: {key}") for key in NUMBERS if key in values}
     values |= {key: tuple(values[key]) for key in LISTS if key in values}
     if values["kind"] not in KINDS:
         raise ConfigError(f"{where}: kind is {values['kind']!r}; one of {', '.join(KINDS)}")
+    if values["kind"] == "local" and (other := sorted(settings.keys() - {"kind", "env"})):
+        raise ConfigError(f"{where}: a local run takes no {' or '.join(other)}")
     return Executor(**values)
+
+
+def _check_mapping(key: str, given: Mapping[str, Any], where: str) -> None:
+    form, wanted = KEYS[key]
+    for name, value in given.items():
+        if not re.fullmatch(form, name) or not isinstance(value, str):
+            raise ConfigError(f"{where}: {name!r} is {value!r}; {wanted} are wanted")
+        own = name.replace("-", "_")
+        if key == "options" and own in [each.name for each in fields(Executor)]:
+            raise ConfigError(f"{where}: {name} is a setting of its own: give it as {own}")
 
 
 def _count(text: str, where: str) -> int:
@@ -126,7 +146,10 @@ def changed(executor: Executor, settings: Mapping[str, Any]) -> Executor:
         if key in given:
             given[key] = _count(str(given[key]), f"--{key.replace('_', '-')}")
     for key in MAPPINGS:
-        given[key] = {**getattr(executor, key), **pairs(f"--{key}", given.get(key, ()))}
+        option = f"--{key.removesuffix('s')}"
+        told = pairs(option, given.get(key, ()))
+        _check_mapping(key, told, option)
+        given[key] = {**getattr(executor, key), **told}
     given["mounts"] = (*executor.mounts, *given.get("mounts", ()))
     return replace(executor, **given)
 
@@ -153,6 +176,8 @@ def make_runs(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> l
     if not axes:
         return [Run(base.name, recipe, tuple(overrides), base)]
     keys = [key for key, _ in axes]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"--sweep: {twice[0]} comes twice: give all its values in one")
     labels = [key.rpartition(".")[2] for key in keys]
     labels = labels if len(set(labels)) == len(labels) else keys
     runs = []
@@ -168,8 +193,8 @@ def make_runs(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> l
         runs.append(Run(name, recipe, told, load_config(recipe, told)))
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"--sweep: two runs would be called {twice}: give values that differ")
+        same = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"--sweep: two runs would be called {same}: give values that differ")
     return runs
 
 

@@ -94,6 +94,12 @@ def test_the_folders_own_file_comes_before_the_users(
         ("a: {mounts: /data}", "executors.yaml, a: mounts is '/data'; a list is wanted"),
         ("a: {env: [A=1]}", "executors.yaml, a: env is ['A=1']; a mapping is wanted"),
         ("a: {time: [1]}", "executors.yaml, a: time is ['1']; one value is wanted"),
+        ("a: {mounts: [[b, c]]}", "executors.yaml, a: mounts is [['b', 'c']]; a list of texts"),
+        ("a: {env: {B-C: d}}", "executors.yaml, a: env: 'B-C' is 'd'; a variable's name and"),
+        ("a: {env: {B: {c: d}}}", "executors.yaml, a: env: 'B' is {'c': 'd'}; a variable's name"),
+        ("a: {options: {q s: d}}", "executors.yaml, a: options: 'q s' is 'd'; an option of sbatch"),
+        ("a: {options: {gpus-per-node: 2}}", "executors.yaml, a: options: gpus-per-node is a sett"),
+        ("local: {nodes: 2}", "executors.yaml, local: a local run takes no nodes"),
         ("a: b", "executors.yaml, a: 'b'; a mapping is wanted"),
         ("- a", "executors.yaml: NAME: {account: …"),
         ("a: {", "executors.yaml: not YAML"),
@@ -247,6 +253,10 @@ def test_the_batch_scripts_own_options():
         (("--executor", "slurm", "--nodes", "0"), "--nodes is '0'; a number from 1 on is wanted"),
         (("--executor", "local", "--nodes", "2", "--time", "1"), "takes no nodes or time"),
         (("--executor", "local", "--env", "A"), "--env 'A': KEY=VALUE is wanted"),
+        (("--executor", "slurm", "--env", "A-B=c"), "--env: 'A-B' is 'c'; a variable's name"),
+        (("--executor", "slurm", "--option", "nodes=2"), "--option: nodes is a setting of its own"),
+        (("--executor", "local", "--sweep", "seed=1", "--sweep", "seed=2"), "seed comes twice"),
+        (("--executor", "local", "--experiment", "a b/c"), "--experiment is 'a b/c'; letters"),
     ],
 )
 def test_mistakes_are_told_before_nemo_run_is_looked_for(

@@ -74,6 +74,8 @@ def test_a_plan_that_does_not_fit_says_what_to_change() -> None:
 MISTAKES = {
     "a key": ((*CLUSTER, "parallel.tensr=3"), "unknown key 'parallel.tensr'"),
     "no nodes": (("--nodes", "0", "--gpus-per-node", "8"), "--nodes is 0; it must be above 0"),
+    "endless memory": ((*CLUSTER, "--gpu-memory-gb", "inf"), "--gpu-memory-gb is inf; it must"),
+    "no number": ((*CLUSTER, "--train-mfu", "nan"), "--train-mfu is nan; it must be above 0"),
     "too few": (("--nodes", "1", "--gpus-per-node", "4"), "TP 2 x PP 1 x CP 1 x DP 4 = 8"),
     "a remainder": (
         ("--nodes", "1", "--gpus-per-node", "7", "parallel.data_parallel_size=null"),

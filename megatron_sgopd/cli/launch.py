@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -69,10 +70,14 @@ def launch(arguments: argparse.Namespace) -> int:
     executor = chosen_executor(arguments)
     runs = make_runs(arguments.recipe, arguments.overrides, arguments.sweep)
     check(runs, executor, os.environ)
+    title = arguments.experiment or load_config(arguments.recipe, arguments.overrides).name
+    if not re.fullmatch(r"[\w.+-]+", title):
+        raise ConfigError(
+            f"--experiment is {title!r}; letters, digits and . _ + - only: it names a folder"
+        )
     with_nemo_run()
     from megatron_sgopd.nemo.experiments import build, dry_run, submit
 
-    title = arguments.experiment or load_config(arguments.recipe, arguments.overrides).name
     if arguments.dry_run:
         print(dry_run(title, runs, build(executor, root), root), end="")
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ def plan(arguments: argparse.Namespace) -> int:
     """Exit code 0: it fits; 1: it does not."""
     for name in ("nodes", "gpus_per_node", "gpu_memory_gb", *ASSUMPTIONS):
         value = getattr(arguments, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     config = load_config(arguments.recipe, arguments.overrides)
     cluster = Cluster(arguments.nodes, arguments.gpus_per_node)
