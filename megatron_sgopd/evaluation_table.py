@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+SUMMARY = "summary.json"
 
 
 def read(out: Path) -> list[Row]:
     """The evaluations that are finished: model, benchmark and the benchmark's scores."""
     rows = []
-    for path in sorted(out.glob("*/*/summary.json")):
+    for path in sorted(out.glob(f"*/*/{SUMMARY}")):
         summary = json.loads(path.read_text(encoding="utf-8"))
         for benchmark, scores in summary["benchmarks"].items():
             model = path.parent.parent.name

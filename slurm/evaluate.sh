@@ -42,8 +42,18 @@ for word in "${@:2}"; do
 done
 COUNT=$((${#MODELS[@]} * ${#BENCHMARKS[@]}))
 if [[ -z $OUT || $OUT == -* ]] || ((COUNT == 0)); then usage; fi
-for benchmark in "${BENCHMARKS[@]}"; do
-    [[ $benchmark == ?*=?* ]] || usage
+FOLDERS=() # below OUT, of each task
+for model in "${MODELS[@]}"; do
+    label=${model//\//-} # two models may both end in hf
+    for benchmark in "${BENCHMARKS[@]}"; do
+        name=${benchmark%%=*}
+        [[ $benchmark == ?*=?* && $name != */* ]] || usage
+        if [[ " ${FOLDERS[*]} " == *" ${label#-}/$name "* ]]; then
+            echo "sgopd: two evaluations would be $OUT/${label#-}/$name: give other names" >&2
+            exit 2
+        fi
+        FOLDERS+=("${label#-}/$name")
+    done
 done
 
 submit() { # OPTIONS...: this script again, with the same arguments
@@ -69,13 +79,12 @@ fi
 source slurm/lib/settings.sh
 
 if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then # after all of them
-    srun "${COMMON[@]}" --ntasks=1 "${SGOPD[@]}" cluster table "$OUT" "$COUNT"
+    srun "${COMMON[@]}" --ntasks=1 "${SGOPD[@]}" cluster table "$OUT" "${FOLDERS[@]}"
     exit 0
 fi
 model=${MODELS[SLURM_ARRAY_TASK_ID / ${#BENCHMARKS[@]}]}
 benchmark=${BENCHMARKS[SLURM_ARRAY_TASK_ID % ${#BENCHMARKS[@]}]}
-label=${model//\//-} # two models may both end in hf
-folder=$OUT/${label#-}/${benchmark%%=*}
+folder=$OUT/${FOLDERS[SLURM_ARRAY_TASK_ID]}
 echo "$model on $benchmark: $folder"
 exec srun "${COMMON[@]}" --ntasks=1 "${SGOPD[@]}" evaluate "$model" "${SETTINGS[@]}" \
     --benchmark "$benchmark" --out "$folder"

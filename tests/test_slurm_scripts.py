@@ -187,6 +187,20 @@ def test_a_mistake_in_the_recipe_is_the_last_word():
     assert not steps_of(subprocess.CompletedProcess([], 0, result.stdout, ""))
 
 
+@pytest.mark.parametrize("words", ["m -- a=f a=g", "runs/a/b runs/a-b -- a=f", "m m/ -- a=f"])
+def test_two_evaluations_never_share_a_folder(tmp_path: Path, words: str):
+    call = ["bash", "slurm/evaluate.sh", str(tmp_path / "out"), *words.split()]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SGOPD"))}
+    environment = {**kept, "SGOPD_DRY_RUN": "1"}
+    result = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "sgopd: two evaluations would be" in result.stderr
+    call[-1] = "another=f"
+    call[3:-1] = ["m", "n", "--", "a=f"]
+    result = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout[:13]) == (0, "4 evaluations"), result.stderr
+
+
 # -- a job whose Slurm is a few lines of bash ------------------------------------------------------
 
 FAKES = {

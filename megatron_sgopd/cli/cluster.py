@@ -32,7 +32,9 @@ def add(commands: Commands) -> None:
     check.add_argument("--token", required=True, help="what RUN_DIR/.preflight holds")
     merged = add_command(kinds, "table", table, "print and write one table of evaluations")
     merged.add_argument("out", metavar="OUT", type=Path)
-    merged.add_argument("wanted", metavar="COUNT", type=int, help="evaluations there should be")
+    merged.add_argument(
+        "wanted", metavar="MODEL/NAME", nargs="+", help="evaluations there should be, below OUT"
+    )
     why = add_command(kinds, "account", account, "print why a run failed")
     why.add_argument("run_dir", metavar="RUN_DIR", type=Path)
 
@@ -84,6 +86,7 @@ def account(arguments: argparse.Namespace) -> int:
 def table(arguments: argparse.Namespace) -> int:
     """Exit code 1: some are missing."""
     from megatron_sgopd import evaluation_table
+    from megatron_sgopd.evaluation_table import SUMMARY
 
     rows = evaluation_table.read(arguments.out)
     text = evaluation_table.table(rows)
@@ -92,6 +95,10 @@ def table(arguments: argparse.Namespace) -> int:
         temporary.write_text(content + "\n", encoding="utf-8")
         temporary.replace(arguments.out / name)
     print(text)
-    if (missing := arguments.wanted - len(rows)) > 0:
-        print(f"{missing} of {arguments.wanted} evaluations are missing: see {arguments.out}/logs")
-    return int(missing > 0)
+    missing = [each for each in arguments.wanted if not (arguments.out / each / SUMMARY).is_file()]
+    if missing:
+        print(
+            f"{len(missing)} of {len(arguments.wanted)} evaluations are missing, see "
+            f"{arguments.out}/logs: {', '.join(missing)}"
+        )
+    return int(bool(missing))
