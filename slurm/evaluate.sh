@@ -68,8 +68,9 @@ submit() { # OPTIONS...: this script again, with the same arguments
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then # on a login node
     mkdir -p "$OUT/logs" # Slurm makes none
+    # Whole nodes: the engines and the verifier use the CPUs, of which Slurm gives one by itself.
     array=$(submit "--array=0-$((COUNT - 1))" "--gpus-per-node=${SGOPD_GPUS:-8}" \
-        "--output=$OUT/logs/%x_%A_%a.out")
+        --exclusive --mem=0 "--output=$OUT/logs/%x_%A_%a.out")
     table=$(submit --job-name=sgopd-table "--dependency=afterany:$array")
     echo "$COUNT evaluations are job $array, their table is job $table: $OUT/table.txt"
     exit 0

@@ -199,6 +199,9 @@ def test_two_evaluations_never_share_a_folder(tmp_path: Path, words: str):
     call[3:-1] = ["m", "n", "--", "a=f"]
     result = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout[:13]) == (0, "4 evaluations"), result.stderr
+    array, table = result.stderr.splitlines()
+    assert "--array=0-3 --gpus-per-node=8 --exclusive --mem=0 " in array
+    assert "--gpus" not in table and "--exclusive" not in table
 
 
 # -- a job whose Slurm is a few lines of bash ------------------------------------------------------
