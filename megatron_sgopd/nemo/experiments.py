@@ -189,7 +189,10 @@ def _here(task: Run, executor: run.LocalExecutor, root: Path) -> str:
 def experiments() -> list[str]:
     """Ids of all, the newest last."""
     return sorted(
-        (path.name for path in Path(get_nemorun_home(), "experiments").glob("*/*_*")),
+        (
+            path.parent.name
+            for path in Path(get_nemorun_home(), "experiments").glob("*/*_*/_CONFIG")
+        ),
         key=lambda name: name.rpartition("_")[2],
     )
 
@@ -200,7 +203,12 @@ def find(name: str) -> run.Experiment:
     chosen = [each for each in known if name in (each, each.rpartition("_")[0])]
     if not chosen:
         raise ConfigError(f"no experiment {name!r}; the newest: {', '.join(known[-5:]) or 'none'}")
-    return run.Experiment.from_id(chosen[-1])
+    experiment = run.Experiment.from_id(chosen[-1])
+    if not all(RUN_DIR in getattr(task, "metadata", {}) for task in experiment.tasks):
+        raise ConfigError(
+            f"{chosen[-1]} was not launched by sgopd: `nemo experiment status {name}` knows it"
+        )
+    return experiment
 
 
 def status(name: str) -> Iterator[str]:

@@ -96,7 +96,7 @@ def sgopd(
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+    return done.stderr if code == 2 else done.stdout
 
 
 def test_a_dry_run_shows_the_job_and_leaves_nothing(home: Path, tmp_path: Path):
@@ -160,6 +160,25 @@ def test_local_runs_of_a_sweep(home: Path, tiny: Tiny, tmp_path: Path):
     assert f"failed, 0 steps, {bad}\n" in shown and f"finished, 2 steps, {good}\n" in shown, shown
     said = sgopd(home, "jobs", "logs", "both")
     assert "failed: ValueError: /nowhere.jsonl" in said, said
+
+
+FOREIGN = """
+import nemo_run as run
+with run.Experiment("foreign") as experiment:
+    experiment.add(run.Script(inline="true"), executor=run.LocalExecutor())
+    experiment.run(sequential=True)
+"""
+
+
+def test_experiments_of_others_are_told_apart(python: str, home: Path):
+    environment = {**os.environ, "NEMORUN_HOME": str(home)}
+    subprocess.run([python, "-c", FOREIGN], env=environment, check=True, capture_output=True)
+    (home / "experiments" / "broken" / "broken_1").mkdir(parents=True)
+    assert re.fullmatch(r"foreign_\d+\n", sgopd(home, "jobs", "list"))
+    for what in ("status", "logs"):
+        said = sgopd(home, "jobs", what, "foreign", code=2)
+        assert re.match(r"sgopd: foreign_\d+ was not launched by sgopd", said), said
+        assert "no experiment 'broken'" in sgopd(home, "jobs", what, "broken", code=2)
 
 
 def test_a_local_run_stops_with_its_launcher(python: str, home: Path, tmp_path: Path):
