@@ -110,6 +110,14 @@ def place(
             "its own on nodes set apart, or uses those that are there; set nodes to 0 or urls to "
             "null"
         )
+    vllm = config.rollout.vllm
+    placed = vllm.nodes or vllm.colocated or vllm.urls is not None or vllm.devices is not None
+    if on_gpus and config.rollout.engine == "vllm" and not placed:
+        raise ConfigError(
+            "rollout.vllm.nodes is 0, and all GPUs are the trainer's: set nodes apart for the "
+            "servers, name rollout.vllm.devices or urls, or share the trainer's with "
+            "rollout.vllm.colocated=true rollout.max_policy_lag=0"
+        )
     world = (len(nodes) - engines) * processes_per_node
     port = FIRST_PORT + PORTS * (job % JOBS)
     resolved = resolve(config, world)

@@ -70,6 +70,7 @@ VLLM = ("rollout.engine=vllm", "rollout.vllm.gpu_memory_utilization=0.4")
     ("overrides", "words"),
     [
         (["nodes=8"], "leaves none for the trainers: submit with more (sbatch -N 9"),
+        (["nodes=0"], "rollout.vllm.nodes is 0, and all GPUs are the trainer's: set nodes apart"),
         (["nodes=-1"], "rollout.vllm.nodes is -1; it must not be negative"),
         (
             ["nodes=2", "num_engines=3"],
