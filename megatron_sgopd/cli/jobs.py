@@ -26,7 +26,7 @@ def show_all(arguments: argparse.Namespace) -> int:
     with_nemo_run()
     from megatron_sgopd.nemo.experiments import experiments
 
-    print("\n".join(experiments()))
+    print("\n".join(experiments()) or "no experiments (NEMORUN_HOME, else ~/.nemo_run)")
     return 0
 
 
