@@ -6,13 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_sgopd.hf_writer import MARK, README
+from megatron_sgopd.versions import installed
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,7 +59,8 @@ def front_matter(readme: Path) -> dict[str, Any]:
 
 def mark(origin: Origin) -> str:
     """The text of sgopd.json."""
-    written = {"written_by": f"megatron_sgopd {metadata.version('megatron_sgopd')}"}
+    version = installed("megatron_sgopd") or "from a folder, not installed"
+    written = {"written_by": f"megatron_sgopd {version}"}
     return json.dumps(written | asdict(origin), indent=2) + "\n"
 
 

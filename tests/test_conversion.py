@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sgopd.families import hf_shapes
 from megatron_sgopd.hf_files import iter_safetensors, read_hf_config
-from megatron_sgopd.model_card import Origin, model_card
+from megatron_sgopd.model_card import Origin, mark, model_card
 from tests import conversion_cases
 from tests.conversion_cases import FAMILIES, LAYOUTS, to_hf, to_megatron, weights_of
 from tests.pool import Pool
@@ -224,3 +224,9 @@ def test_megatron_bridge_makes_the_same_parameters(pool: Any, tmp_path: Path) ->
     )
     hf = make_hf_dir(tmp_path / "hf", 3, **FAMILIES["qwen3"])
     assert pool(1).run(conversion_cases.differs_from_bridge, str(hf)) == [[]]
+
+
+def test_an_export_needs_no_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks may run from a folder (PYTHONPATH, a container with the code mounted)."""
+    monkeypatch.setattr("megatron_sgopd.model_card.installed", lambda package: None)
+    assert "not installed" in json.loads(mark(Origin()))["written_by"]
