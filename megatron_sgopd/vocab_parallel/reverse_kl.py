@@ -80,6 +80,7 @@ class ReverseKL(TowardTarget):
     """Exact reverse KL; the row gate chooses between the targets of two lambdas."""
 
     name = "reverse KL"
+    triton_sums = "reverse"
     keeps = True
     one_pass = True
 
@@ -147,11 +148,17 @@ class ReverseKL(TowardTarget):
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         slope, bias, less = self.constants(found, c, divergence)
+        additive = c.per_logit(self.temperature)[1]
+        if (kernels := self.kernels(chunk)) is not None:
+            extra = None if less is None else -less[:, 0]
+            factors = kernels.Factors(bias[:, 0], additive, slope[:, 0], extra)
+            kernels.gradient(self, chunk, local, factors)
+            return
         for block in self.scratch(chunk).blocks(len(chunk)):
             columns = local.at(block, self.layout)
             extra = None if less is None else less[block]
             self.block_gradient(chunk, block, columns, slope[block], bias[block], extra)
-        self.imitate(chunk, c.per_logit(self.temperature)[1])
+        self.imitate(chunk, additive)
 
     def constants(
         self, found: Found, c: Coefficients, divergence: Tensor
