@@ -42,14 +42,14 @@ class Projection:
         self.device = student.device if isinstance(student, Tensor) else student[0].device
         self.size = chunk_tokens or self._default_size(buffers)
         self.size = max(1, min(self.size, len(shard.active)))
+        self.num_sets = min(buffers, -(-len(shard.active) // self.size)) or 1
         self._sets = [
             {
                 name: torch.empty(self.size, shard.valid, dtype=shard.dtype, device=self.device)
                 for name in models
             }
-            for _ in range(buffers)
+            for _ in range(self.num_sets)
         ]
-        self.num_sets = buffers
         self.hidden_grad: Tensor | None = None
         self.head_grad: Tensor | None = None
         if with_gradient:
