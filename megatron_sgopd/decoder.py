@@ -2,7 +2,8 @@
 
 For the supported families it is written out here: on a CPU, the calls of a model's modules would
 take as long as the arithmetic of a token. It computes what transformers computes, operation by
-operation (in float32 to the bit). Other architectures are left to transformers.
+operation (in float32 to the bit, but for the logits of a first token, which transformers makes
+row by row where weights are frozen). Other architectures are left to transformers.
 
 Shapes: B sequences, T columns of this pass, S columns so far, D hidden, V vocabulary; h query and
 g key heads of d channels.
@@ -163,7 +164,7 @@ class FamilyDecoder:
             normed = self._normed(x, layer.mlp_norm)
             gated = F.silu(F.linear(normed, layer.gate), inplace=True)
             x = x + F.linear(gated.mul_(F.linear(normed, layer.up)), layer.down)
-        return F.linear(self._normed(x, self._norm)[:, -1:], self._head)[:, 0]
+        return F.linear(self._normed(x[:, -1], self._norm), self._head)
 
     def _projected(
         self, layer: Layer, x: Tensor, cos: Tensor, signed_sin: Tensor
