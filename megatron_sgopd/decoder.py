@@ -170,18 +170,18 @@ class FamilyDecoder:
         self, layer: Layer, x: Tensor, cos: Tensor, signed_sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, h, T, d], keys and values [B, g, T, d]; the first two rotated."""
-        heads, kv_heads = self._heads, self._kv_heads
+        heads, num_turned = self._heads, self._heads + self._kv_heads
         qkv = F.linear(self._normed(x, layer.input_norm), layer.qkv, layer.qkv_bias)
-        qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))
-        turned, values = qkv.split((heads + kv_heads, kv_heads), 2)
+        qkv = qkv.view(*x.shape[:2], num_turned + self._kv_heads, -1)
+        turned = qkv[:, :, :num_turned]
         if layer.qk_norm is not None:
             weights = layer.qk_norm.index_select(0, self._head_kinds)
             turned = self._normed(turned, None) * weights
         # cos x + sin (-x2, x1): the halves change places, the sign is with the sine.
         swapped = turned.roll(turned.shape[-1] // 2, -1)
         turned = (turned * cos).add_(swapped.mul_(signed_sin))
-        queries, keys = turned.transpose(1, 2).split((heads, kv_heads), 1)
-        return queries, keys, values.transpose(1, 2)
+        turned = turned.transpose(1, 2)
+        return turned[:, :heads], turned[:, heads:], qkv[:, :, num_turned:].transpose(1, 2)
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, self._eps)

@@ -78,7 +78,6 @@ class TokenSampler:
         self._step = 0
         self.tokens = torch.full((steps, len(requests)), -1, device=device)  # -1 where finished
         self.logprobs = torch.zeros((steps, len(requests)), device=device)
-        self.stopped = torch.zeros_like(greedy)
 
     def num_open(self) -> int:
         return int(self._rows.open.sum())
@@ -99,27 +98,24 @@ class TokenSampler:
         token = _drawn(logprobs, rows.uniforms[:, at])
         if self._any_greedy:
             token = torch.where(rows.greedy, logits.argmax(-1), token)
-        self.tokens[at, rows.request] = torch.where(rows.open, token, -1)
-        self.logprobs[at, rows.request] = logprobs.gather(-1, token[:, None])[:, 0]
+        self.tokens[at].index_copy_(0, rows.request, token.masked_fill(~rows.open, -1))
+        self.logprobs[at].index_copy_(0, rows.request, logprobs.gather(-1, token[:, None])[:, 0])
         self._step += 1
-        stop = (rows.stops == token[:, None]).any(-1) & rows.open
-        self.stopped[rows.request] |= stop
-        rows.open.logical_and_(~stop & (self._step < rows.limit))
+        stop = (rows.stops == token[:, None]).any(-1)
+        rows.open.logical_and_(~stop).logical_and_(rows.limit > self._step)
         return token
 
     def completions(self, policy_version: int) -> list[Completion]:
         tokens, logprobs = self.tokens.T.tolist(), self.logprobs.T.tolist()
-        stopped = self.stopped.tolist()
         out = []
-        for request, ids, values, stop in zip(
-            self.requests, tokens, logprobs, stopped, strict=True
-        ):
-            count = sum(t >= 0 for t in ids)  # -1 only ever follows the last token
+        for request, ids, values in zip(self.requests, tokens, logprobs, strict=True):
+            count = len(ids) - ids.count(-1)  # which only ever follows the last token
+            stopped = count > 0 and ids[count - 1] in request.stop_token_ids
             out.append(
                 Completion(
                     token_ids=tuple(ids[:count]),
                     logprobs=tuple(values[:count]),
-                    finish_reason="stop" if stop else "length",
+                    finish_reason="stop" if stopped else "length",
                     policy_version=policy_version,
                     seed=request.seed,
                 )
