@@ -66,14 +66,14 @@ class Chunk:
         picked = matrix[place, self.local_token]
         return picked.masked_fill(~self.owned, -torch.inf)
 
-    def subtract_at_tokens(self, amount: Tensor) -> None:
-        """student[token] -= amount [n], where this rank holds the token."""
-        place = self.place
-        if isinstance(place, slice):
-            place = torch.arange(place.start, place.stop, device=amount.device)
-        rows, columns = place[self.owned], self.local_token[self.owned]
-        value = self.student[rows, columns].to(amount.dtype) - amount[self.owned]
-        self.student[rows, columns] = value.to(self.student.dtype)
+    def subtract_at_tokens(self, values: Tensor, block: slice, amount: Tensor) -> None:
+        """values[token] -= amount [b] in a block [b, V], where this rank holds the token.
+
+        Before the block is rounded to the matrix's type: p - 1 of a near-certain token would be
+        lost in the difference of two rounded numbers.
+        """
+        rows = self.owned[block].nonzero()[:, 0]
+        values[rows, self.local_token[block][rows]] -= amount[rows].to(values.dtype)
 
 
 def together(indices: Tensor) -> Place:

@@ -103,7 +103,7 @@ class Factors:
     """
 
     bias: Tensor
-    at_token: Tensor
+    at_token: Tensor | None
     slope: Tensor | None = None
     extra: Tensor | None = None
     maximum: Tensor | None = None
