@@ -181,7 +181,7 @@ def shard_of(tokens: Tensor, width: int, first: int = 0, group: Any = None) -> S
     local = tokens - first
     return Shard(
         num_tokens=len(tokens),
-        active=torch.arange(len(tokens)),
+        active=torch.arange(len(tokens), device=tokens.device),
         local_token=local.clamp(0, max(0, width - 1)),
         owned=(local >= 0) & (local < width),
         first=first,
