@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sgopd import sgopd
 from megatron_sgopd.bench import measure, plain
 from megatron_sgopd.bench.cases import Case, cases
 from megatron_sgopd.bench.inputs import Batch, Student, draw
 from megatron_sgopd.bench.job import Job
 from megatron_sgopd.bench.plots import plot
 from megatron_sgopd.bench.processes import ChildFailed, isolated, on_ranks
-from megatron_sgopd.bench.variants import SignGate, Variant, our_variants
+from megatron_sgopd.bench.variants import Variant, our_variants
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.vocab_parallel_reference import (
     ReferenceStatistics,
@@ -71,6 +72,8 @@ def test_rows_have_the_documented_keys(small: tuple[str, list[dict[str, Any]]]):
         "gated_reverse_kl",
         "candidate",
         "sampled",
+        "forward_kl",
+        "jsd",
     }
     assert {(row["dtype"], row["device"], row["allocator"]) for row in rows} == {
         ("fp32", "cpu", "reuse")
@@ -165,11 +168,10 @@ def small_case(objective: str, form: str = "logits") -> Case:
 def test_plain_objectives_are_the_references(objective: str):
     case = small_case(objective, "sampled" if objective == "sampled" else "logits")
     batch = draw(case, "cpu")
-    gate = SignGate(batch.advantages.double())
+    method = sgopd.coefficients("sg_opd" if objective == "gated_reverse_kl" else "opd")
 
     def coefficients(stats: ReferenceStatistics) -> tuple[torch.Tensor, ...]:
-        weight, lam, additive = gate(stats)
-        return weight, lam if objective == "gated_reverse_kl" else weight, additive
+        return method(stats, batch.outcome)
 
     def wide(rows: Any) -> Any:
         return None if rows is None else rows.double()
@@ -183,8 +185,6 @@ def test_plain_objectives_are_the_references(objective: str):
         teacher.scatter_(-1, batch.tokens[:, None], batch.teacher_logprobs.double()[:, None])
     options: dict[str, Any] = {"estimator": "sampled" if objective == "sampled" else "full_vocab"}
     if objective == "candidate":
-        from megatron_sgopd import sgopd
-
         a1 = batch.advantages.double()
         options["candidate_lambda"] = lambda a2, i: sgopd.candidate_lambda(a1[i, None], a2)
     distillation_loss_reference(

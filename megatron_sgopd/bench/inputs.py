@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sgopd import sgopd
 from megatron_sgopd.bench.cases import Case
 from megatron_sgopd.vocab_parallel import Rows
 
@@ -41,6 +42,12 @@ class Batch:
     def mask(self) -> Tensor:
         """Every token counts: the plain forms have no way to leave one out."""
         return torch.ones_like(self.tokens, dtype=torch.bool)
+
+    @property
+    def outcome(self) -> sgopd.Outcome:
+        """Every token the student's own, half of the rollouts right."""
+        none = torch.zeros_like(self.tokens, dtype=torch.bool)
+        return sgopd.Outcome(self.advantages, self.advantages > 0, none, imitates=False)
 
     def select(self, part: slice) -> Batch:
         """A batch of some of the tokens."""

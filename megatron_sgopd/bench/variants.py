@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sgopd import sgopd
 from megatron_sgopd.bench import plain
-from megatron_sgopd.bench.cases import JSD_BETA, LAMBDA_HIGH, Case
+from megatron_sgopd.bench.cases import JSD_BETA, LAMBDA_HIGH, MAIN, Case
 from megatron_sgopd.bench.inputs import Batch
 from megatron_sgopd.vocab_parallel import Rows, distillation_loss
 
@@ -52,46 +50,27 @@ def plain_variants(case: Case, device: str) -> list[Variant]:
 # -- ours ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OneLambda:
-    """Plain distillation: weight 1, lambda 1. Token-local, so that slices may be asked for."""
-
-    def __call__(self, stats: Any) -> tuple[Tensor, Tensor, Tensor]:
-        one = torch.ones_like(stats.student_logprobs)
-        return one, one, torch.zeros_like(one)
-
-    def select(self, index: Any) -> OneLambda:
-        return self
-
-
-@dataclass(frozen=True)
-class SignGate:
-    """lambda_high where the teacher's and the verifier's signs agree. Token-local."""
-
-    advantages: Tensor
-
-    def __call__(self, stats: Any) -> tuple[Tensor, Tensor, Tensor]:
-        a2 = stats.teacher_logprobs - stats.student_logprobs
-        gate = sgopd.sign_consistency_gate(self.advantages, a2)
-        lam = torch.where(gate, a2.new_tensor(LAMBDA_HIGH), a2.new_tensor(1.0))
-        return torch.ones_like(a2), lam, torch.zeros_like(a2)
-
-    def select(self, index: Any) -> SignGate:
-        return SignGate(self.advantages[index])
-
-
 def our_loss(
-    case: Case, student: Rows, batch: Batch, *, token_local: bool, **options: Any
+    case: Case,
+    student: Rows,
+    batch: Batch,
+    *,
+    token_local: bool = True,
+    overwrite_student: bool = True,
 ) -> Tensor:
-    """`distillation_loss` on the case."""
+    """`distillation_loss` with the method that the trainer would take for the case.
+
+    Without `token_local` the method is asked once about all tokens, as one that looks at whole
+    rollouts is: the statistics of all tokens then come first, and every row is read twice.
+    """
     is_gated = case.objective == "gated_reverse_kl"
-    function = SignGate(batch.advantages) if is_gated else OneLambda()
-    if case.objective == "candidate":
-        options["candidate_lambda"] = lambda a2, i: sgopd.candidate_lambda(
-            batch.advantages[i, None], a2, lambda_high=LAMBDA_HIGH
-        )
-    if case.objective in ("forward_kl", "jsd"):
-        options |= {"divergence": case.objective, "beta": JSD_BETA}
+    method = sgopd.coefficients("sg_opd" if is_gated else "opd", lambda_high=LAMBDA_HIGH)
+    function = method.of(batch.outcome)
+    divergence = case.objective if case.objective in ("forward_kl", "jsd") else "reverse_kl"
+
+    def per_candidate(a2: Tensor, index: Tensor) -> Tensor:
+        return sgopd.candidate_lambda(batch.advantages[index, None], a2, lambda_high=LAMBDA_HIGH)
+
     is_sampled = case.form == "sampled"
     return distillation_loss(
         student,
@@ -101,27 +80,24 @@ def our_loss(
         mask=batch.mask,
         group=batch.group,
         vocab_size=batch.vocab,
-        # A bound method has no `select`: the loss must then finish all statistics first.
-        coefficients=function if token_local else function.__call__,
-        lambdas=(1.0, LAMBDA_HIGH) if is_gated else (1.0,),
+        coefficients=function if token_local else function.__call__,  # which has no `select`
+        lambdas=method.lambdas,
         estimator="sampled" if is_sampled else "full_vocab",
-        **options,
+        candidate_lambda=per_candidate if case.objective == "candidate" else None,
+        divergence=divergence,
+        beta=JSD_BETA,
+        overwrite_student=overwrite_student and isinstance(student, Tensor),
     ).loss
 
 
 def our_variants(case: Case) -> list[Variant]:
-    """The single pass over the student's logits; and what keeps them, or needs two passes."""
-    known = inspect.signature(distillation_loss).parameters
-    if case.objective in ("forward_kl", "jsd") and "divergence" not in known:
-        return []
-    write: dict[str, Any] = {"overwrite_student": True} if "overwrite_student" in known else {}
-    one_pass = partial(our_loss, case, token_local=True)
-    two_passes = partial(our_loss, case, token_local=False)
-    if case.form == "fused":
-        return [Variant("ours", one_pass, ours=True)]
-    made = [Variant("ours", partial(one_pass, **write), ours=True)]
-    if case.tp == 1 and case.objective in ("reverse_kl", "gated_reverse_kl"):
-        made.append(Variant("ours, two passes", partial(two_passes, **write), ours=True))
-    if case.tp == 1 and case.objective == "reverse_kl":
-        made.append(Variant("ours, logits kept", one_pass, ours=True))
+    """In one pass over the student's logits; and keeping them, or in two passes."""
+    made = [Variant("ours", partial(our_loss, case), ours=True)]
+    is_main = case.form == "logits" and case.objective in MAIN
+    if is_main and case.tp == 1:
+        two_passes = partial(our_loss, case, token_local=False)
+        made.append(Variant("ours, two passes", two_passes, ours=True))
+    if is_main and case.tp == 1 and not case.has_reference:
+        kept = partial(our_loss, case, overwrite_student=False)
+        made.append(Variant("ours, logits kept", kept, ours=True))
     return made
