@@ -122,6 +122,7 @@ def test_a_missing_baseline_is_named_and_left_out(small: tuple[str, list[dict[st
         (["kl", "--rounds", "0"], "'0' is no number of rounds"),
         (["kl", "--shapes", "512"], "'512' is no shape; wanted TxV"),
         (["kl", "--json", "no/such/folder/x.json"], "cannot be written"),
+        (["kl", "--only", "tp2", "--device", "cuda"], "--only 'tp2' matches none"),
         (["plot", "no-such.json", "--out", "."], "no-such.json cannot be read"),
     ],
 )
@@ -150,6 +151,13 @@ def test_default_cases_are_the_documented_ones():
             }
     assert {(c.tokens, c.vocab) for c in found if c.tp == 2} == {(512, 32768)}
     assert len({c.label for c in found}) == len(found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_missing_is_refused():
+    result = bench("kl", "--device=cuda", "--small", "--only=jsd")
+    assert result.returncode == 2
+    assert result.stderr.startswith("sgopd bench: --device cuda") and "no GPU" in result.stderr
 
 
 def test_a_job_survives_its_pipe():

@@ -118,7 +118,10 @@ def _worker(job: Job) -> Iterator[dict[str, Any]]:
         worker.stdin.close()
         with os.fdopen(read, encoding="utf-8") as results:
             for line in results:
-                yield json.loads(line)
+                found = json.loads(line)
+                if "refused" in found:
+                    raise ConfigError(found["refused"])
+                yield found
     if worker.returncode:
         raise WorkerFailed(
             f"the worker of allocator {job.allocator!r} ended with exit code {worker.returncode}; "

@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_sgopd.bench.cases import Case
 from megatron_sgopd.bench.inputs import TORCH_DTYPES
 
-# Exponentials (of the JSD one is a logarithm) an element, when every row is read in one pass: one
-# for each softmax. The fused form has no second read to save.
+# Exponentials (of the JSD one is a logarithm) an element: one for each softmax, when a row is read
+# once. The fused form reads a chunk twice, for the statistics and for the gradient: one more.
 EXPONENTIALS = {
     "reverse_kl": 2,
     "forward_kl": 2,
@@ -53,7 +53,8 @@ class Rates:
         """The least time of a case's forward and backward on one rank."""
         elements = case.tokens * case.vocab // case.tp
         width = case.shard_bytes / elements
-        exponentials = EXPONENTIALS[case.objective] * elements / self.exponentials
+        calls = EXPONENTIALS[case.objective] + (case.form == "fused")
+        exponentials = calls * elements / self.exponentials
         moved = ACCESSES[case.objective] * elements * width / self.copied_bytes
         seconds = max(exponentials, moved)
         if case.form == "fused":

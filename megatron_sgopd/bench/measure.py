@@ -101,7 +101,7 @@ def once(variant: Variant, batch: Batch, exact: Sequence[Tensor] | None) -> dict
     """
     counts = _count_collectives(variant, batch)
     if variant.is_compiled:
-        variant.loss(Student(batch.student).rows(), batch).backward()
+        variant.loss(_copy(batch).rows(), batch).backward()
     student = Student(batch.student)
     rows = student.rows()
     with _peak(batch) as peak:
@@ -135,19 +135,21 @@ def prepare_to_fork() -> None:
 
 
 def _count_collectives(variant: Variant, batch: Batch) -> dict[str, Any]:
-    """Of forward and of backward; on a few tokens where no rank waits for another.
-
-    On a clone of the student's rows: some variants write over them.
-    """
+    """Of forward and of backward; on a few tokens where no rank waits for another."""
     part = batch.select(slice(WARM_UP_TOKENS if batch.group is None else None))
-    buffer = _buffer(part).clone()
-    student = Student((buffer, part.student[1]) if isinstance(part.student, tuple) else buffer)
-    rows = student.rows()
+    rows = _copy(part).rows()
     with _Collectives() as forward:
         loss = variant.loss(rows, part)
     with _Collectives() as backward:
         loss.backward()
     return {"collectives_forward": forward.calls, "collectives_backward": backward.calls}
+
+
+def _copy(batch: Batch) -> Student:
+    """The student's rows in other memory: some variants write over them."""
+    buffer = _buffer(batch).clone()
+    is_fused = isinstance(batch.student, tuple)
+    return Student((buffer, batch.student[1]) if is_fused else buffer)
 
 
 @contextmanager

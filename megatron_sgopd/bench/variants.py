@@ -42,7 +42,7 @@ def plain_variants(case: Case, device: str) -> list[Variant]:
     origin = (("package", "torch"), ("version", torch.__version__), ("module", module))
     made = [Variant("plain", function, origin=origin)]
     if device == "cuda" and case.tp == 1:
-        compiled = torch.compile(function)
+        compiled = torch.compile(function, dynamic=False)
         made.append(Variant("plain, torch.compile", compiled, is_compiled=True, origin=origin))
     return made
 

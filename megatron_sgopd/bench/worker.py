@@ -3,7 +3,7 @@
     python -m megatron_sgopd.bench.worker FD < JOB
 
 JOB is a `Job` as JSON; what is found goes to the file descriptor FD, one JSON object a line:
-{"missing": {baseline: reason}}, {"rates": …}, and for each case {"rows": […], "failed": {…}}.
+{"refused": reason}, or {"missing": {baseline: reason}}, {"rates": …}, and for each case {"rows": […], "failed": {…}}.
 Standard output stays free for what the baselines print.
 """
 
@@ -43,6 +43,9 @@ def main(job: Job, results: TextIO) -> None:
         print(json.dumps(found), file=results, flush=True)
 
     torch.set_num_threads(1)
+    if job.device == "cuda" and not torch.cuda.is_available():
+        say(refused=f"--device cuda: this torch ({torch.__version__}) finds no GPU here")
+        return
     missing: dict[str, str] = {}
     for case in job.cases:  # imports every baseline, before anything is forked
         variants_of(case, job.device, missing)
