@@ -3,7 +3,8 @@
     python -m megatron_sgopd.bench.worker FD < JOB
 
 JOB is a `Job` as JSON; what is found goes to the file descriptor FD, one JSON object a line:
-{"refused": reason}, or {"missing": {baseline: reason}}, {"rates": …}, and for each case {"rows": […], "failed": {…}}.
+{"refused": reason}; or {"missing": {baseline: reason}}, {"rates": …}, and for each case
+{"rows": […], "failed": {…}}.
 Standard output stays free for what the baselines print.
 """
 
