@@ -8,6 +8,7 @@ Shapes: T tokens, V vocabulary columns held by this rank.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Correct:
         p, q = (
             self.log_softmax(self.columns(x, group, vocab_size), group) for x in (student, teacher)
         )
-        return self.kl(p, q, group).float() * mask
+        return self.kl(p, q, group).float().masked_fill(~mask, 0.0)
 
     def ratio(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         # Where the teacher alone is at -inf the divergence is infinite and must not look finite.
@@ -109,7 +110,7 @@ class Correct:
         log_ratio = self.token_logprob(t, tokens, group) - self.token_logprob(s, tokens, group)
         lam = torch.where(signs * log_ratio > 0, lambdas[1], lambdas[0])[:, None]
         target = self.log_softmax(t + (lam - 1) * (t - r), group)
-        return self.kl(self.log_softmax(s, group), target, group) * mask
+        return self.kl(self.log_softmax(s, group), target, group).masked_fill(~mask, 0.0)
 
 
 class NormaliserWithoutGradient(Correct):
@@ -185,3 +186,50 @@ gradient_reduced_twice = GradientReducedTwice()
 bfloat16_arithmetic = Bfloat16Arithmetic()
 padding_counted = PaddingCounted()
 merged_normaliser = MergedNormaliser()
+
+
+class SumOnly(Correct):
+    """Right, and returns nothing per token."""
+
+    def reverse_kl(self, *args: Any, **options: Any) -> Tensor:
+        return super().reverse_kl(*args, **options).sum()
+
+    gated_reverse_kl = None  # type: ignore[assignment]  # whose cases want a value per token
+
+
+class WritesIntoTheTeacher(Correct):
+    def reverse_kl(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        value = super().reverse_kl(student, teacher, **options)
+        teacher -= 1.0
+        return value
+
+
+class Random(Correct):
+    """The last bits of a value are other ones each time and on each rank."""
+
+    def sum_of_terms(self, terms: Tensor, group: Any) -> Tensor:
+        g = torch.Generator()
+        g.seed()
+        value = super().sum_of_terms(terms, group)
+        return value * (1 + 3e-7 * torch.rand(value.shape, generator=g))
+
+
+class Trouble(Correct):
+    """What a rank may do to the others, chosen by the case's vocabulary."""
+
+    def reverse_kl(
+        self, student: Tensor, teacher: Tensor, *, group: Any, vocab_size: int, mask: Tensor
+    ) -> Tensor:
+        if group.rank() == 1 and vocab_size == 16:
+            raise RuntimeError("one rank alone")
+        if group.rank() == 1 and vocab_size == 18:
+            os._exit(3)
+        if group.rank() == 1 and vocab_size == 20:  # leaves the other in a collective
+            return (student * 0).sum(-1)
+        return super().reverse_kl(student, teacher, group=group, vocab_size=vocab_size, mask=mask)
+
+
+sum_only = SumOnly()
+writes_into_the_teacher = WritesIntoTheTeacher()
+random = Random()
+trouble = Trouble()

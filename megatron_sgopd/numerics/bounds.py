@@ -4,10 +4,10 @@ The bounds are first-order rounding analyses of the textbook form (subtract the 
 log; log p = (x - m) - log s), with the terms of the case at hand put in. u = 2^-24 is fp32's unit
 roundoff. Three errors make up all others:
 
-    of log s    SUM + log2(N) roundings of a sum of N terms in blocks or pairs, and every term's own,
-                u |x - m| on average over p (the argument of exp is rounded)
-    of log p    that, and 2 u |log p|: two subtractions
-    of p        relative: that of s, u |log p| for the argument of exp, 3 u for exp and the quotient
+    log s   SUM + log2(N) roundings of a sum of N terms in blocks or pairs, and every term's own,
+            u |x - m| on average over p (the argument of exp is rounded)
+    log p   that, and 2 u |log p|: two subtractions
+    p       relative to it: that of log p, and 3 u for exp and the quotient
 
 Rounding errors of a sum are taken at their bound, as if all had one sign; measured errors are
 therefore several times smaller. Nothing here depends on how far a row is shifted: x - m is exact.
@@ -55,9 +55,14 @@ class Softmax:
     relative_error: Tensor  # of p, [T, N]
 
 
+def finite(logits: Tensor) -> Tensor:
+    """With a number in the place of -inf."""
+    return torch.where(logits == -math.inf, FAR, logits)
+
+
 def softmax(logits: Tensor, logit_error: Tensor | None = None) -> Softmax:
     """Of float64 logits [T, N]; `logit_error` [T, N] is what the logits themselves are off by."""
-    x = torch.where(logits == -math.inf, FAR, logits)
+    x = finite(logits)
     log_p = x.log_softmax(-1)
     p = log_p.exp()
     size = log_p.abs()
@@ -93,10 +98,29 @@ def reverse_kl(student: Softmax, target: Softmax) -> Exact:
 def forward_kl(student: Softmax, target: Softmax) -> Exact:
     """KL(target || student) = E_q[log q - log p], gradient p - q."""
     turned = reverse_kl(target, student)
-    gradient = student.p - target.p
-    bound = student.p * student.relative_error + target.p * target.relative_error
-    return Exact(
-        turned.values, turned.values_bound, gradient, bound + U32 * gradient.abs() + TINY
+    # Of a tail, log q and log p are its mass, and q is spread over it as p is.
+    spread = torch.where(student.p > 0, student.p / student.log_p.exp(), 1.0)
+    reached = target.log_p.exp() * spread
+    off = target.log_error + (spread < 1) * (student.relative_error + student.log_error)
+    gradient = student.p - reached
+    bound = student.p * student.relative_error + reached * (off + 3 * U32)
+    return Exact(turned.values, turned.values_bound, gradient, bound + U32 * gradient.abs() + TINY)
+
+
+def with_tail(s: Softmax, kept: Tensor) -> Softmax:
+    """What is not `kept` [T, N] as one outcome: its log-prob, at all of its places, is of its mass.
+
+    p stays, so that an expectation over N entries is one over the outcomes.
+    """
+    p = s.p.masked_fill(kept, 0.0)
+    mass = p.sum(-1, keepdim=True)
+    depth = U32 * (SUM + math.log2(p.shape[-1]))
+    error = (p * s.relative_error).sum(-1, keepdim=True) / mass + depth + U32 * mass.log().abs()
+    return Softmax(
+        torch.where(kept, s.log_p, mass.log()),
+        s.p,
+        torch.where(kept, s.log_error, error),
+        s.relative_error,
     )
 
 
@@ -109,8 +133,8 @@ def jsd(student: Softmax, target: Softmax, beta: float) -> Exact:
     ours, theirs = student.log_p + math.log1p(-beta), target.log_p + math.log(beta)
     log_m = torch.logaddexp(ours, theirs)
     part = (ours - log_m).exp()  # of m, the student's
-    m_error = part * student.relative_error + (1 - part) * target.relative_error
-    m_error = m_error + 3 * U32 * (1 + log_m.abs())
+    m_error = part * student.log_error + (1 - part) * target.log_error
+    m_error = m_error + 3 * U32 * (2 + log_m.abs())
     own = student.log_p - log_m
     own_part = mean_ratio(student, own, student.log_error + m_error + U32 * own.abs())
     other = target.log_p - log_m
@@ -145,6 +169,7 @@ def extrapolated(
     where lam is 1. `logit_error` [T, N] is what lam t + (1 - lam) r is off by beside that.
     """
     lam = torch.as_tensor(lam, dtype=teacher.dtype)
+    teacher, reference = finite(teacher), finite(reference)
     size = lam * teacher.abs() + (lam - 1).abs() * reference.abs()
     error = torch.where(lam == 1, 0.0, 3 * U32 * size)
     return softmax(

@@ -53,10 +53,15 @@ class Loss:
     candidate: bool = False
     temperature: float = 1.0
     divergence: str = "reverse_kl"
+    beta: float = 0.5
+    top_k: int | None = None
     token_scale: bool = False
     hidden: bool = False  # all models as (hidden, head)
+    main_grad: bool = False  # the head's gradient goes there
     logprobs: bool = False  # teacher and reference as log-probs [T]
     chunked: bool = False
+    token_local: bool = False  # coefficients that may be asked about some tokens at a time
+    overwrite: bool = False  # the gradient over the student's logits
 
 
 # -- one divergence --------------------------------------------------------------------------------
@@ -75,7 +80,7 @@ ROWS = {
     "-inf columns in the student": Rows(minus_inf="student"),
     "one-hot teacher": Rows(peaked="teacher"),
     "one-hot student": Rows(peaked="student"),
-    "vocabulary 32,768": Rows(tokens=8, vocab=32768),
+    "vocabulary 32,768": Rows(tokens=4, vocab=32768),
     "vocabulary 509": Rows(vocab=509),  # odd: the last rank of 2 or 4 pads
     "padded vocabulary": Rows(vocab=500, padding=12),
     "padded vocabulary, bf16": Rows(vocab=500, padding=12, dtype="bfloat16"),
@@ -147,42 +152,69 @@ def _gate_cases() -> Iterator[Case]:
 
 # -- the whole loss of this package ----------------------------------------------------------------
 
-SMALL = Rows(vocab=61, tokens=19)  # small enough that no log-ratio of a candidate is a tie
+SMALL = Rows(vocab=61, tokens=19, padding=3)  # so small that no candidate's log-ratio is a tie
 LOSSES = {
     "sampled, row gate": Loss("sampled"),
     "sampled, log-probs given": Loss("sampled", logprobs=True),
     "sampled, plain": Loss("sampled", "opd"),
     "sampled, temperature 0.7": Loss("sampled", temperature=0.7),
     "sampled, extrapolated": Loss("sampled", "exopd"),
+    "sampled, scaled tokens": Loss("sampled", token_scale=True),
+    "sampled, gradient over the logits": Loss("sampled", overwrite=True),
     "cross-entropy": Loss("sampled", "sft"),
     "verifier alone": Loss("sampled", "grpo"),
-    "full_vocab, row gate": Loss(),
-    "full_vocab, plain": Loss(method="opd"),
-    "full_vocab, extrapolated": Loss(method="exopd"),
-    "full_vocab, candidate gate": Loss(candidate=True),
-    "full_vocab, temperature 0.7": Loss(temperature=0.7),
+    "row gate": Loss(),
+    "row gate, token by token": Loss(token_local=True),
+    "row gate, scaled tokens": Loss(token_scale=True),
+    "row gate, temperature 0.7": Loss(temperature=0.7),
+    "row gate, gradient over the logits": Loss(overwrite=True, token_local=True),
+    "plain": Loss(method="opd"),
+    "plain, gradient over the logits": Loss(method="opd", overwrite=True),
+    "extrapolated": Loss(method="exopd"),
+    "candidate gate": Loss(candidate=True),
     "candidate gate, temperature 1.3": Loss(candidate=True, temperature=1.3),
-    "scaled tokens": Loss(token_scale=True),
-    "scaled tokens, sampled": Loss("sampled", token_scale=True),
-    "several chunks": Loss(chunked=True),
+    "forward KL, row gate": Loss(divergence="forward_kl"),
+    "forward KL, temperature 0.7": Loss(divergence="forward_kl", temperature=0.7),
+    "JSD, row gate": Loss(divergence="jsd"),
+    "JSD, beta 0.1, extrapolated": Loss(method="exopd", divergence="jsd", beta=0.1),
+    "JSD, temperature 0.7": Loss(divergence="jsd", temperature=0.7),
+    "JSD, beta 0: forward KL": Loss(divergence="jsd", beta=0.0),
+    "JSD, beta 1: reverse KL": Loss(divergence="jsd", beta=1.0),
+    "top 5 and a tail": Loss(method="opd", top_k=5),
+    "top 5 and a tail, forward KL": Loss(method="opd", top_k=5, divergence="forward_kl"),
+    "top 5 and a tail, JSD": Loss(method="opd", top_k=5, divergence="jsd"),
     "hidden: plain": Loss(method="opd", hidden=True),
-    "hidden: row gate": Loss(hidden=True, chunked=True),
+    "hidden: row gate": Loss(hidden=True),
+    "hidden: row gate, token by token": Loss(hidden=True, chunked=True, token_local=True),
+    "hidden: row gate, several chunks": Loss(hidden=True, chunked=True),
     "hidden: row gate, temperature 0.7": Loss(hidden=True, temperature=0.7),
     "hidden: candidate gate": Loss(candidate=True, hidden=True),
     "hidden: sampled": Loss("sampled", hidden=True),
+    "hidden: sampled, token by token": Loss("sampled", hidden=True, chunked=True, token_local=True),
+    "hidden: forward KL": Loss(divergence="forward_kl", hidden=True),
+    "hidden: JSD": Loss(divergence="jsd", hidden=True),
+    "hidden: head's gradient in main_grad": Loss(hidden=True, main_grad=True, token_local=True),
 }
+HALVES = {
+    "sampled, row gate": Loss("sampled"),
+    "row gate": Loss(),
+    "candidate gate": Loss(candidate=True),
+}
+IN_ALL = replace(SMALL, minus_inf="all")
 
 
 def _loss_cases() -> Iterator[Case]:
+    def case(name: str, loss: Loss, rows: Rows) -> Case:
+        return Case(name, "distillation_loss", "loss", rows, loss=loss)
+
     for name, loss in LOSSES.items():
-        rows = replace(SMALL, padding=3)
-        yield Case(name, "distillation_loss", "loss", rows, loss=loss)
-    for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16")):
-        for estimator in ("sampled", "full_vocab"):
-            rows = replace(SMALL, dtype=dtype)
-            yield Case(
-                f"{estimator}, {short}", "distillation_loss", "loss", rows, loss=Loss(estimator)
-            )
+        yield case(name, loss, SMALL)
+    for name, loss in HALVES.items():
+        yield case(f"{name}, bf16", loss, replace(SMALL, dtype="bfloat16"))
+        yield case(f"{name}, fp16", loss, replace(SMALL, dtype="float16"))
+        yield case(f"{name}, -inf columns in all models", loss, IN_ALL)
+    plain = Loss(method="opd", hidden=True)  # no gate: rounded logits would move it
+    yield case("hidden: plain, bf16", plain, replace(SMALL, dtype="bfloat16"))
 
 
 ALL = (

@@ -50,6 +50,28 @@ def reverse_kl(
     return _plain(student, teacher, tokens, group, vocab_size, mask)
 
 
+def forward_kl(
+    student: Tensor, teacher: Tensor, *, group: ProcessGroup, vocab_size: int, mask: Tensor
+) -> Summed:
+    """KL(teacher || student)."""
+    tokens = torch.zeros(len(mask), dtype=torch.long)
+    return _plain(student, teacher, tokens, group, vocab_size, mask, divergence="forward_kl")
+
+
+def jsd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    beta: float,
+    group: ProcessGroup,
+    vocab_size: int,
+    mask: Tensor,
+) -> Summed:
+    """The generalised Jensen-Shannon divergence."""
+    tokens = torch.zeros(len(mask), dtype=torch.long)
+    return _plain(student, teacher, tokens, group, vocab_size, mask, divergence="jsd", beta=beta)
+
+
 def nll(
     student: Tensor, tokens: Tensor, *, group: ProcessGroup, vocab_size: int, mask: Tensor
 ) -> Summed:
@@ -89,6 +111,8 @@ def gated_reverse_kl(
 
 loss = SimpleNamespace(
     reverse_kl=reverse_kl,
+    forward_kl=forward_kl,
+    jsd=jsd,
     nll=nll,
     gated_reverse_kl=gated_reverse_kl,
     distillation_loss=distillation_loss,

@@ -54,7 +54,7 @@ def _use_group(group: ProcessGroup) -> None:
 def _modelopt(
     student: Tensor, teacher: Tensor, group: ProcessGroup, mask: Tensor, reverse: bool
 ) -> Tensor:
-    """`LogitsKLLoss` leaves each rank its own columns' part; Megatron Bridge sums them like this."""
+    """`LogitsKLLoss`; each rank has its columns' part, which Megatron Bridge sums like this."""
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 

@@ -26,6 +26,7 @@ from megatron_sgopd.numerics.outcome import RankOutcome
 
 START_S = 180.0  # imports of torch and of what the function needs
 CASE_S = 60.0  # far above what any case takes
+GRACE_S = 5.0  # for the other ranks, once one has failed
 MAX_RESTARTS = 3  # per world size; each may have cost CASE_S
 
 
@@ -72,7 +73,7 @@ class Ranks:
                     return self._gone(f"rank {rank} died")
             failed = [rank for rank, answer in got.items() if answer.failure]
             if failed and len(got) < self.world:  # the rest may wait for it: not for long
-                deadline = min(deadline, time.monotonic() + 5.0)
+                deadline = min(deadline, time.monotonic() + GRACE_S)
             if time.monotonic() > deadline and len(got) < self.world:
                 if failed:
                     return self._gone(f"rank {failed[0]}: {got[failed[0]].failure}", log=False)
@@ -132,7 +133,9 @@ def _serve(connection: Connection, rank: int, world: int, folder: str, function:
 
     torch.set_num_threads(1)
     load(function)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
     connection.send_bytes(pickle.dumps(RankOutcome()))
     while True:
         try:
