@@ -91,6 +91,7 @@ ROWS = {
 }
 CHECKS = {
     "splits of the batch add up": "splits",
+    "loss times 4, as scalers do": "scaled",
     "non-contiguous rows": "strided",
     "twice the same bits": "repeat",
     "the same bits on all ranks": "ranks",

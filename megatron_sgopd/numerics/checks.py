@@ -90,8 +90,12 @@ def evaluate(
     teacher: Tensor,
     parts: Sequence[slice] = (slice(None),),
     leaf: Tensor | None = None,
+    factor: float = 1.0,
 ) -> Got:
-    """Forward and backward of all parts, gradients accumulated in `leaf` (the student itself)."""
+    """Forward and backward of all parts, gradients accumulated in `leaf` (the student itself).
+
+    `factor`, a power of two, multiplies the loss before backward; the gradient is divided by it.
+    """
     leaf = student if leaf is None else leaf
     weights = setting.inputs.weights
     values, sums = [], []
@@ -106,7 +110,7 @@ def evaluate(
             raise TypeError(f"returned a tensor of shape {list(total.shape)}; wanted [T] or []")
         if each is not None and each.shape != setting.inputs.mask[part].shape:
             raise TypeError(f"returned values of shape {list(each.shape)} for {len(each)} tokens")
-        total.backward()
+        (total if factor == 1.0 else total * factor).backward()
         values.append(total.detach()[None] if each is None else each.detach())
         sums.append(each is None)
     grad = leaf.grad
@@ -114,7 +118,7 @@ def evaluate(
         raise TypeError("left no gradient on the student's logits")
     got = torch.cat(values)
     whole = got.double().sum()[None] if any(sums) else got.double()
-    return Got(whole, grad.double(), weights, (got.clone(), grad.clone()))
+    return Got(whole, grad.double() / factor, weights, (got.clone(), grad.clone()))
 
 
 def exact_of(case: Case, x: Inputs) -> Exact:
@@ -188,6 +192,11 @@ def check_splits(setting: Setting) -> list[Reading]:
     starts = range(0, setting.case.rows.tokens, CHUNKS)
     parts = [slice(i, i + CHUNKS) for i in starts]
     return compare(setting, evaluate(setting, student.requires_grad_(), teacher, parts))
+
+
+def check_scaled(setting: Setting) -> list[Reading]:
+    student, teacher = setting.shards()
+    return compare(setting, evaluate(setting, student.requires_grad_(), teacher, factor=4.0))
 
 
 def check_strided(setting: Setting) -> list[Reading]:
@@ -289,6 +298,7 @@ def merged_log_ratio(x: Inputs) -> Tensor:
 CHECKS: dict[str, Callable[[Setting], list[Reading]]] = {
     "exact": check_exact,
     "splits": check_splits,
+    "scaled": check_scaled,
     "strided": check_strided,
     "repeat": check_repeat,
     "ranks": check_ranks,

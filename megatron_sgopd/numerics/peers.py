@@ -72,7 +72,7 @@ modelopt = SimpleNamespace(
     reverse_kl=lambda s, t, *, group, vocab_size, mask: _modelopt(s, t, group, mask, True),
     forward_kl=lambda s, t, *, group, vocab_size, mask: _modelopt(s, t, group, mask, False),
     worlds=WORLDS,
-    needs=("modelopt", "megatron"),
+    needs=("modelopt", "megatron", "requests"),  # ModelOpt imports requests without declaring it
 )
 
 
