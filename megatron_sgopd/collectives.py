@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,6 +18,19 @@ def all_gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = shard.new_empty(group.size() * shard.shape[0], *shard.shape[1:])
     getattr(dist, GATHER)(out, shard.contiguous(), group=group)
     return out.unflatten(0, (group.size(), -1))
+
+
+def start_all_gather(shard: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Starts the same; the function that it gives waits for it and returns the result."""
+    out = shard.new_empty(group.size() * shard.shape[0], *shard.shape[1:])
+    own = shard.contiguous()
+    work = getattr(dist, GATHER)(out, own, group=group, async_op=True)
+
+    def result() -> Tensor:
+        work.wait()
+        return out.unflatten(0, (group.size(), -1))
+
+    return result
 
 
 def reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: R x L tokens of a micro-batch, flattened to T where the mathematics begi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -40,8 +40,11 @@ class Objective:
     estimator: str
     lambdas: tuple[float, ...]
     temperature: float
-    chunk_tokens: int
+    chunk_tokens: int | None
     candidate_gate: bool
+    divergence: str = "reverse_kl"
+    beta: float = 0.5
+    top_k: int | None = None
 
     @classmethod
     def of(cls, config: Config, eps: float) -> Objective:
@@ -65,19 +68,23 @@ class Objective:
         )
         if distill.method == "sft":  # nothing was sampled: cross-entropy as it stands
             options = sgopd.MethodOptions(ce_weight=1.0)
-        lambdas = {
-            "exopd": (distill.lambda_uniform,),
-            "sg_opd": (gate.lambda_low, gate.lambda_high),
-        }.get(distill.method, (1.0,))
         return cls(
             method=distill.method,
             options=options,
             estimator=distill.estimator,
-            lambdas=lambdas,
+            lambdas=sgopd.METHODS[distill.method].lambdas(options),
             temperature=1.0 if distill.method == "sft" else config.rollout.temperature,
             chunk_tokens=distill.chunk_tokens,
             candidate_gate=distill.method == "sg_opd" and gate.full_vocab_mode == "candidate",
+            divergence=distill.divergence,
+            beta=distill.jsd_beta,
+            top_k=distill.top_k,
         )
+
+    @cached_property
+    def function(self) -> sgopd.CoefficientFunction:
+        """The method's coefficient function, its options checked once."""
+        return sgopd.coefficients(self.method, **vars(self.options))
 
     @property
     def needs_teacher(self) -> bool:
@@ -97,10 +104,10 @@ class Objective:
         *,
         group: dist.ProcessGroup | None,
         vocab_size: int,
+        sum_hidden_gradient: bool = True,
     ) -> LossResult:
-        """Sum of token_scale times the token losses; the student's rows are [T, V]."""
+        """Sum of token_scale times the token losses; logits [T, V] given are overwritten."""
         outcome = outcome_of(micro_batch)
-        function = sgopd.coefficients(self.method, **vars(self.options))
         gate = self.options
 
         def per_candidate(a2: Tensor, index: Tensor) -> Tensor:
@@ -117,23 +124,30 @@ class Objective:
             mask=micro_batch.loss_mask.flatten(),
             group=group,
             vocab_size=vocab_size,
-            coefficients=lambda stats: function(stats, outcome),
+            coefficients=self.function.of(outcome),
             lambdas=self.lambdas,
             estimator=self.estimator,
             temperature=self.temperature,
             token_scale=micro_batch.token_scale.flatten(),
-            chunk_tokens=self.chunk_tokens,
             candidate_lambda=per_candidate if self.candidate_gate else None,
+            divergence=self.divergence,
+            beta=self.beta,
+            top_k=self.top_k,
+            overwrite_student=True,
+            chunk_tokens=self.chunk_tokens,
+            sum_hidden_gradient=sum_hidden_gradient,
         )
 
 
 def outcome_of(micro_batch: MicroBatch) -> sgopd.Outcome:
     """What the rollouts say of each token, flattened to [T]."""
+    imitated = micro_batch.is_imitated.flatten()
     return sgopd.Outcome(
         verifier_advantage=micro_batch.verifier_advantage.flatten(),
         is_correct=micro_batch.is_correct.flatten(),
-        is_imitated=micro_batch.is_imitated.flatten(),
+        is_imitated=imitated,
         sampled_logprobs=micro_batch.sampled_logprobs.flatten(),
+        imitates=bool(imitated.any()),
     )
 
 
@@ -148,7 +162,8 @@ def token_metrics(objective: Objective, micro_batch: MicroBatch, result: LossRes
     own, imitated = trained & ~outcome.is_imitated, trained & outcome.is_imitated
     sums: Sums = {}
     mean = partial(_add_mean, sums)
-    mean("student/entropy", stats.student_entropy, trained)
+    if stats.student_entropy is not None:
+        mean("student/entropy", stats.student_entropy, trained)
     if bool(imitated.any()):
         mean("train/imitated_nll", -stats.student_logprobs, imitated)
     if not bool(own.any()):

@@ -60,10 +60,33 @@ class Outcome:
     is_correct: Tensor  # bool
     is_imitated: Tensor  # bool: a teacher's or a data set's token, learnt by cross-entropy
     sampled_logprobs: Tensor | None = None  # by the engine; needed for importance weights only
+    sequence_ids: Tensor | None = None  # int: tokens of one rollout share theirs
+    batch_sums: Tensor | None = None  # a method's own sums over the step's global batch
+    imitates: bool = True  # False: no token is imitated, and nobody need look
+
+    def select(self, places: Tensor | slice) -> Outcome:
+        """The same of some tokens: their places among the T."""
+
+        def at(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[places]
+
+        return Outcome(
+            self.verifier_advantage[places],
+            self.is_correct[places],
+            self.is_imitated[places],
+            at(self.sampled_logprobs),
+            at(self.sequence_ids),
+            self.batch_sums,
+            self.imitates,
+        )
 
 
 class Coefficients(NamedTuple):
-    """Per-token coefficients of the loss, [T] float each, without gradient."""
+    """Per-token coefficients of the loss, [T] each, without gradient.
+
+    `lam` is a number; inside a method it is a bool instead where that suffices: whether the token
+    takes the last of the method's lambdas.
+    """
 
     weight: Tensor
     lam: Tensor
@@ -93,9 +116,6 @@ class MethodOptions:
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
-
-
-CoefficientFunction = Callable[[TokenLogprobs, Outcome], Coefficients]
 
 
 # -- the verifier's signal, a1 ---------------------------------------------------------------------
@@ -151,6 +171,23 @@ def candidate_lambda(
 # -- methods ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Method:
+    """How a method turns statistics and outcomes into coefficients.
+
+    `token_local`: a token's coefficients depend on that token alone, so that the loss may ask about
+    some tokens at a time. `summarize` (statistics, outcome) -> [k]: sums over a micro-batch, which
+    the trainer adds up over the optimizer step's global batch before any gradient is made
+    (`Outcome.batch_sums`; one more forward pass of the student).
+    """
+
+    function: Callable[[TokenLogprobs, Outcome, MethodOptions], Coefficients]
+    lambdas: Callable[[MethodOptions], tuple[float, ...]] = lambda opt: (1.0,)
+    needs_teacher: bool = True
+    token_local: bool = True
+    summarize: Callable[[TokenLogprobs, Outcome], Tensor] | None = None
+
+
 def coefficients(method: str, **options: object) -> CoefficientFunction:
     """The coefficient function of a method: (statistics, outcome) -> (weight, lambda, additive).
 
@@ -165,38 +202,91 @@ def coefficients(method: str, **options: object) -> CoefficientFunction:
     allowed = {f.name for f in fields(MethodOptions)}
     if unknown := sorted(set(options) - allowed):
         raise ValueError(f"unknown option {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")
-    opt = MethodOptions(**options)  # type: ignore[arg-type]
-    on_policy = METHODS[method]
+    return CoefficientFunction(METHODS[method], MethodOptions(**options))  # type: ignore[arg-type]
 
-    def function(stats: TokenLogprobs, outcome: Outcome) -> Coefficients:
-        result = _clip(on_policy(stats, outcome, opt), stats, opt)
+
+@dataclass(frozen=True)
+class CoefficientFunction:
+    """A method with its options; called, it gives numbers for every token."""
+
+    method: Method
+    options: MethodOptions
+
+    @property
+    def lambdas(self) -> tuple[float, ...]:
+        """The values that a token's lambda can take."""
+        return self.method.lambdas(self.options)
+
+    def __call__(self, stats: TokenLogprobs, outcome: Outcome) -> Coefficients:
+        result = self.decide(stats, outcome)
+        return result._replace(lam=self._numbers(result.lam, result.weight))
+
+    def decide(self, stats: TokenLogprobs, outcome: Outcome) -> Coefficients:
+        """The same with lambda as a bool, where the method only chooses between its two."""
+        opt = self.options
+        result = self.method.function(stats, outcome, opt)
+        if opt.adv_clip is not None:
+            result = self._clip(result, stats, opt.adv_clip)
         if opt.tis_cap is not None:
             tis = importance_weights(stats, outcome, opt.tis_cap)
             result = result._replace(weight=result.weight * tis, additive=result.additive * tis)
-        return _imitate(result, stats, outcome, opt)
+        return _imitate(result, stats, outcome, opt) if outcome.imitates else result
 
-    return function
+    def of(self, outcome: Outcome) -> BatchCoefficients:
+        """The function of the statistics alone that the loss asks."""
+        return (TokenCoefficients if self.method.token_local else BatchCoefficients)(self, outcome)
+
+    def _clip(self, c: Coefficients, stats: TokenLogprobs, limit: float) -> Coefficients:
+        """Shrinks the weight so that |A| <= limit; the sign of A stays."""
+        if stats.teacher_logprobs is None:
+            return c
+        size = _advantage(stats, self._numbers(c.lam, c.weight)).abs().clamp(min=limit)
+        return c._replace(weight=c.weight * (limit / size))
+
+    def _numbers(self, lam: Tensor, like: Tensor) -> Tensor:
+        if lam.dtype != torch.bool:
+            return lam
+        return _choose(lam, self.lambdas[-1], self.lambdas[0], like)
+
+
+@dataclass(frozen=True)
+class BatchCoefficients:
+    """A coefficient function with a micro-batch's outcomes: statistics -> coefficients."""
+
+    function: CoefficientFunction
+    outcome: Outcome
+
+    def __call__(self, stats: TokenLogprobs) -> Coefficients:
+        return self.function.decide(stats, self.outcome)
+
+
+@dataclass(frozen=True)
+class TokenCoefficients(BatchCoefficients):
+    """One that looks at a token at a time, and so can be asked about some of them."""
+
+    def select(self, places: Tensor | slice) -> TokenCoefficients:
+        """The function of the tokens at these places, [n]."""
+        return TokenCoefficients(self.function, self.outcome.select(places))
+
+
+def _one_lambda(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.bool)
 
 
 def _sft(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
     zero = torch.zeros_like(stats.student_logprobs)
-    return Coefficients(zero, zero + 1.0, zero + opt.ce_weight)
+    return Coefficients(zero, _one_lambda(zero), zero + opt.ce_weight)
 
 
 def _grpo(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
     zero = torch.zeros_like(stats.student_logprobs)
-    return Coefficients(zero, zero + 1.0, outcome.verifier_advantage.to(zero.dtype))
+    return Coefficients(zero, _one_lambda(zero), outcome.verifier_advantage.to(zero.dtype))
 
 
 def _opd(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
+    """OPD, and with a lambda of its own G-OPD / ExOPD (arXiv 2602.12125): one for every token."""
     zero = torch.zeros_like(stats.student_logprobs)
-    return Coefficients(zero + 1.0, zero + 1.0, zero)
-
-
-def _exopd(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
-    """G-OPD / ExOPD (arXiv 2602.12125): one lambda for every token."""
-    zero = torch.zeros_like(stats.student_logprobs)
-    return Coefficients(zero + 1.0, zero + opt.lambda_uniform, zero)
+    return Coefficients(zero + 1.0, _one_lambda(zero), zero)
 
 
 def _sg_opd(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
@@ -207,17 +297,18 @@ def _sg_opd(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coeff
     """
     zero = torch.zeros_like(stats.student_logprobs)
     gate = gate_of(stats, outcome, opt)
-    lam = _choose(gate, opt.lambda_high, opt.lambda_low, zero)
     weight, additive = zero + 1.0, zero
     if opt.conflict == "shrink":
         weight = _choose(gate, 1.0, opt.beta, zero)
     elif opt.conflict == "verifier_mix":
         additive = torch.where(gate, zero, opt.beta * outcome.verifier_advantage.to(zero.dtype))
-    if opt.forbid_sign_flip:  # where the extrapolation would turn the update round, plain OPD
-        a2 = teacher_signal(stats, "t_minus_s")
-        flips = torch.sign(_advantage(stats, lam)) * torch.sign(a2) < 0
-        lam = torch.where(flips, torch.ones_like(lam), lam)
-    return Coefficients(weight, lam, additive)
+    if not opt.forbid_sign_flip:
+        return Coefficients(weight, gate, additive)
+    # Where the extrapolation would turn the update round, plain OPD: perhaps a third lambda.
+    lam = _choose(gate, opt.lambda_high, opt.lambda_low, zero)
+    a2 = teacher_signal(stats, "t_minus_s")
+    flips = torch.sign(_advantage(stats, lam)) * torch.sign(a2) < 0
+    return Coefficients(weight, torch.where(flips, torch.ones_like(lam), lam), additive)
 
 
 def _opdvr(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
@@ -225,26 +316,27 @@ def _opdvr(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coeffi
     zero = torch.zeros_like(stats.student_logprobs)
     z = _choose(outcome.is_correct, 1.0, -1.0, zero)
     keep = sign_consistency_gate(z, teacher_signal(stats), opt.eps)
-    return Coefficients(keep.to(zero.dtype), zero + 1.0, zero)
+    return Coefficients(keep.to(zero.dtype), _one_lambda(zero), zero)
 
 
 def _grpd(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Coefficients:
     """GRPD (beside OPDVR): A = sign(a1) max(0, sign(a1) a2), a1 normalised over the group."""
     zero = torch.zeros_like(stats.student_logprobs)
     keep = sign_consistency_gate(outcome.verifier_advantage, teacher_signal(stats), opt.eps)
-    return Coefficients(keep.to(zero.dtype), zero + 1.0, zero)
+    return Coefficients(keep.to(zero.dtype), _one_lambda(zero), zero)
 
 
-METHODS: dict[str, Callable[[TokenLogprobs, Outcome, MethodOptions], Coefficients]] = {
-    "sft": _sft,
-    "grpo": _grpo,
-    "opd": _opd,
-    "exopd": _exopd,
-    "sg_opd": _sg_opd,
-    "opdvr": _opdvr,
-    "grpd": _grpd,
+METHODS: dict[str, Method] = {
+    "sft": Method(_sft, needs_teacher=False),
+    "grpo": Method(_grpo, needs_teacher=False),
+    "opd": Method(_opd),
+    "exopd": Method(_opd, lambda opt: (opt.lambda_uniform,)),
+    "sg_opd": Method(_sg_opd, lambda opt: (opt.lambda_low, opt.lambda_high)),
+    "opdvr": Method(_opdvr),
+    "grpd": Method(_grpd),
 }
-NEEDS_TEACHER = frozenset(METHODS) - {"sft", "grpo"}
+GATED = frozenset({"sg_opd", "opdvr", "grpd"})  # methods that read the sign of T - S
+NEEDS_TEACHER = frozenset(name for name, method in METHODS.items() if method.needs_teacher)
 
 
 def gate_of(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Tensor:
@@ -281,14 +373,6 @@ def _imitate(
         weight=torch.where(where, torch.zeros_like(ce), c.weight),
         additive=torch.where(where, ce, c.additive),
     )
-
-
-def _clip(c: Coefficients, stats: TokenLogprobs, opt: MethodOptions) -> Coefficients:
-    """Shrinks the weight so that |A| <= adv_clip; the sign of A stays."""
-    if opt.adv_clip is None or stats.teacher_logprobs is None:
-        return c
-    size = _advantage(stats, c.lam).abs().clamp(min=opt.adv_clip)
-    return c._replace(weight=c.weight * (opt.adv_clip / size))
 
 
 def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:

@@ -58,6 +58,16 @@ class Student:
         finally:
             self.shelf.put_away(self._optimizer_tensors())
 
+    def wait_for(self, parameter: Tensor) -> None:
+        """Waits until an overlapped gather has brought a parameter that no module's call reads.
+
+        Megatron waits in a hook before the module that owns it; the LM head's is never called.
+        """
+        for chunk in self.ddp:
+            group = chunk.param_to_bucket_group.get(parameter)
+            if group is not None and chunk.ddp_config.overlap_param_gather:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
     def zero_grad(self) -> None:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()

@@ -164,11 +164,7 @@ def share_out(rollouts: Sequence[Rollout], groups: Groups) -> list[Rollout]:
 
 
 def accumulate_gradients(
-    student: Student,
-    work: Sequence[Work],
-    objective: Objective,
-    *,
-    from_hidden_states: bool = False,
+    student: Student, work: Sequence[Work], objective: Objective
 ) -> tuple[Tensor, Sums]:
     """Runs Megatron's schedule; afterwards every `main_grad` is the step's gradient.
 
@@ -179,7 +175,7 @@ def accumulate_gradients(
     def observe(part: MicroBatch, result: LossResult) -> Any:
         return result.loss.detach(), token_metrics(objective, part, result)
 
-    seen = run_schedule(student, work, objective, observe, from_hidden_states=from_hidden_states)
+    seen = run_schedule(student, work, objective, observe)
     loss = sum((loss for loss, _ in seen), torch.zeros((), device=student.groups.device))
     return loss, add_up(sums for _, sums in seen)
 
@@ -191,28 +187,22 @@ def run_schedule(
     observe: Observe,
     *,
     forward_only: bool = False,
-    from_hidden_states: bool = False,
 ) -> list[Any]:
     """What `observe` makes of each micro-batch's result, on the last stage; [] elsewhere.
 
-    `from_hidden_states`: the loss projects with the LM head itself, instead of reading the
-    output layer's logits.
+    The last stage hands over hidden states and the loss projects them itself, chunk by chunk, so
+    that a micro-batch's logits never exist as a whole and masked tokens never meet the head.
     """
     groups = student.groups
 
     def forward_step(data: Iterator[Work], chunk: torch.nn.Module):  # type: ignore[no-untyped-def]
         """Megatron's: this chunk's output, and the closure that makes the loss of the last."""
         item = next(data)
-        if from_hidden_states:
-            with student.model.last_chunk.handing_over_hidden_states():
-                output = forward(chunk, item.part)
-        else:
-            output = forward(chunk, item.part)
+        output = forward(chunk, item.part)
 
         def loss_function(output: Tensor):  # type: ignore[no-untyped-def]
-            rows = _hidden_rows(student, output) if from_hidden_states else output.flatten(0, 1)
             result = objective.loss(
-                rows,
+                _student_rows(student, output),
                 item.part,
                 Scores(
                     item.teacher.take() if item.teacher else None,
@@ -220,6 +210,8 @@ def run_schedule(
                 ),
                 group=groups.tp_group,
                 vocab_size=student.model.shared_vocab_size,
+                # Under sequence parallelism the gather's backward reduces and scatters at once.
+                sum_hidden_gradient=not student.model.last_chunk.config.sequence_parallel,
             )
             # Megatron's token count; nothing divides by it.
             count = torch.ones((), dtype=torch.int, device=output.device)
@@ -228,26 +220,33 @@ def run_schedule(
         return output, loss_function
 
     chunks = list(student.ddp)
-    outputs = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(work) for _ in chunks],
-        model=chunks,
-        num_microbatches=len(work),
-        seq_length=work[0].part.shape[1],  # pipeline stages tell each other the real shapes
-        micro_batch_size=work[0].part.shape[0],
-        forward_only=forward_only,
-    )
+    # Forward only, nothing may be written: the loss makes its gradients in the forward pass.
+    with (
+        student.model.last_chunk.handing_over_hidden_states(),
+        torch.set_grad_enabled(not forward_only),
+    ):
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(work) for _ in chunks],
+            model=chunks,
+            num_microbatches=len(work),
+            seq_length=work[0].part.shape[1],  # pipeline stages tell each other the real shapes
+            micro_batch_size=work[0].part.shape[0],
+            forward_only=forward_only,
+        )
     return [o["seen"] for o in outputs]
 
 
-def _hidden_rows(student: Student, hidden: Tensor) -> Rows:
+def _student_rows(student: Student, hidden: Tensor) -> Rows:
     """The student's (hidden [T, D], LM-head shard) with gradients to both."""
-    groups = student.groups
-    if student.model.last_chunk.config.sequence_parallel:
+    groups, model = student.groups, student.model.last_chunk
+    if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=False, group=groups.tp_group
+            hidden, tensor_parallel_output_grad=True, group=groups.tp_group
         )
-    return hidden.transpose(0, 1).flatten(0, 1), student.model.last_chunk.lm_head_weight()
+    head = model.lm_head_weight()
+    student.wait_for(head)
+    return hidden.transpose(0, 1).flatten(0, 1), head
 
 
 def _in_layout_of(teacher: Frozen, model: ShardedModel, config: Config) -> ShardedModel:

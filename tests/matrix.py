@@ -53,7 +53,6 @@ def row(
     teacher: tuple[int, int] | None = None,
     offload: bool = False,
     budget_mb: float | None = None,
-    from_hidden_states: bool = False,
     **parallel: Any,
 ) -> Row:
     """`teacher`: (TP, PP) of teacher and reference."""
@@ -77,7 +76,6 @@ def row(
         "parallel": tuple(layout.items()),
         "frozen": tuple(frozen.items()),
         "offload_optimizer": offload,
-        "from_hidden_states": from_hidden_states,
     }
     return Row(name, world, tuple(fields.items()))
 
@@ -95,14 +93,11 @@ ROWS = [
         recompute_modules=["core_attn", "mlp"],
     ),
     row("offload, no room for hidden states, packed", 1, packed=70, offload=True, budget_mb=0.0),
-    row("loss from hidden states", 1, from_hidden_states=True),
     row("TP2", 2, tp=2),
-    row("TP2, loss from hidden states", 2, tp=2, from_hidden_states=True),
     row("TP2, offload, packed", 2, tp=2, packed=70, offload=True, budget_mb=0.01),
     row("TP2 + SP", 2, tp=2, sp=True),
     row("TP2 + SP, packed", 2, tp=2, sp=True, packed=70),
     row("TP2 + SP, full recompute", 2, tp=2, sp=True, recompute_granularity="full"),
-    row("TP2 + SP, loss from hidden states", 2, tp=2, sp=True, from_hidden_states=True),
     row("PP2", 2, pp=2),
     row("PP2, packed", 2, pp=2, packed=70),
     row("PP2 x VPP2", 2, pp=2, vpp=2),
@@ -114,7 +109,6 @@ ROWS = [
         packed=70,
         recompute_granularity="full",
     ),
-    row("PP2, loss from hidden states", 2, pp=2, from_hidden_states=True),
     row("DP2", 2),
     row("DP2, packed", 2, packed=70),
     row("DP2, overlapped", 2, overlap=True),

@@ -69,7 +69,6 @@ class StepCase:
     parallel: tuple[tuple[str, Any], ...] = ()  # other fields of ParallelConfig
     frozen: tuple[tuple[str, Any], ...] = ()  # fields of the teacher's and reference's config
     offload_optimizer: bool = False
-    from_hidden_states: bool = False
     dtype: str = "float32"
     flash: bool = False  # let torch take its flash kernel
 
@@ -291,12 +290,7 @@ def gradients_of(case: StepCase, parts: Parts, rollouts: list[Rollout]) -> tuple
         parts.config,
         parts.groups,
     )
-    loss, sums = accumulate_gradients(
-        parts.student,
-        prepared.work,
-        parts.objective,
-        from_hidden_states=case.from_hidden_states,
-    )
+    loss, sums = accumulate_gradients(parts.student, prepared.work, parts.objective)
     metrics = gather_metrics(parts.groups, loss, sums | prepared.sums, prepared.work)
     return metrics, full_gradients(parts.student)
 

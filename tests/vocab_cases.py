@@ -28,7 +28,7 @@ class Case:
     temperature: float = 1.0
     dtype: str = "float64"
     scale: float = 3.0
-    chunk_tokens: int = 7
+    chunk_tokens: int | None = 7
     as_hidden: bool = False  # frozen models as (hidden, head); `sampled` as log-probs
     candidate: bool = False
     seed: int = 0
@@ -170,7 +170,9 @@ def compare(case: Case) -> dict[str, Any]:
     picked = logp.gather(-1, x.tokens[:, None])[:, 0] * x.mask
     entropy = -(logp.exp() * logp).sum(-1) * x.mask
     return {
-        "value": float((result.loss.double() - expected).abs() / expected.abs().clamp(min=1)),
+        "value": float(
+            (result.loss.detach().double() - expected.detach()).abs() / expected.abs().clamp(min=1)
+        ),
         "gradient": float((student.grad.double() - mine).abs().max() / full.grad.abs().max()),
         "logprobs": float((stats.student_logprobs.double() - picked).abs().max()),
         "entropy": float((stats.student_entropy.double() - entropy).abs().max()),

@@ -105,7 +105,10 @@ class DistillConfig:
     adv_clip: float | None = None  # |A| at most this; `sampled` only; pub (off)
     mask_truncated: bool = False  # pub
     ppo_epochs: int = 1  # pub
-    chunk_tokens: int = 1024  # tokens projected at once by a frozen model's LM head
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # of full_vocab; pub
+    jsd_beta: float = 0.5  # jsd: 0 is forward, 1 reverse KL, between them the mixture's share
+    top_k: int | None = None  # full_vocab over the teacher's k likeliest tokens and a tail
+    chunk_tokens: int | None = None  # tokens projected at once; null: by bytes, at least 256
     gate: GateConfig = field(default_factory=GateConfig)
     phases: PhasesConfig = field(default_factory=PhasesConfig)
 

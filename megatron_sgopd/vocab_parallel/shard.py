@@ -1,19 +1,20 @@
 """One micro-batch as this rank sees it: its vocabulary rows and the tokens that count.
 
 Shapes: T tokens, D hidden, V vocabulary rows held by this rank (the last ones may be padding), N
-active (masked-in) tokens, n those of one chunk, W ranks of the group.
+active (masked-in) tokens, W ranks of the group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sgopd.collectives import all_gather
+from megatron_sgopd.collectives import all_gather, start_all_gather
 
 # A model's rows: logits [T, V], or (hidden [T, D], LM-head shard [V, D]), projected in chunks.
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -31,17 +32,17 @@ def is_logprobs(rows: Rows | None) -> bool:
 
 @dataclass(frozen=True)
 class Shard:
-    """Masked tokens cost nothing: rows are selected by `active` before anything is computed."""
+    """Which tokens count and which columns are this rank's."""
 
     num_tokens: int  # T
     active: Tensor  # [N] indices of the masked-in tokens
-    index: Tensor  # [N, 1] local row of the sampled token, 0 where another rank owns it
+    local_token: Tensor  # [N] this rank's row of the sampled token, 0 where another rank owns it
     owned: Tensor  # [N] whether this rank holds the sampled token's row
+    first: int  # the vocabulary id of this rank's row 0
     valid: int  # rows of this rank that are not padding; 0 on a rank of padding only
     group: dist.ProcessGroup | None
     temperature: float
     dtype: torch.dtype  # of the arithmetic: fp32, or float64 on float64
-    chunk_tokens: int
 
     @classmethod
     def of(
@@ -53,7 +54,6 @@ class Shard:
         group: dist.ProcessGroup | None,
         vocab_size: int,
         temperature: float,
-        chunk_tokens: int,
     ) -> Shard:
         """The shard for rows held by this rank of the group: rows [rank V, (rank + 1) V)."""
         width = num_local_rows(rows)
@@ -72,52 +72,43 @@ class Shard:
         return cls(
             num_tokens=tokens.shape[0],
             active=active,
-            index=local.clamp(0, max(0, valid - 1))[:, None],
+            local_token=local.clamp(0, max(0, valid - 1)),
             owned=(local >= 0) & (local < valid),
+            first=rank * width,
             valid=valid,
             group=group,
             temperature=temperature,
             dtype=torch.float64 if some.dtype == torch.float64 else torch.float32,
-            chunk_tokens=chunk_tokens,
         )
 
-    def chunks(self) -> list[slice]:
-        """Slices of the active tokens, at most `chunk_tokens` long."""
-        n = len(self.active)
-        return [slice(i, min(i + self.chunk_tokens, n)) for i in range(0, n, self.chunk_tokens)]
+    @property
+    def size(self) -> int:
+        """W, the ranks that share the vocabulary."""
+        return 1 if self.group is None else self.group.size()
 
-    def logits(self, rows: Rows, chunk: slice) -> Tensor:
-        """The valid local logits of a chunk over the temperature, [n, valid]."""
-        idx = self.active[chunk]
-        if isinstance(rows, Tensor):
-            x = rows.index_select(0, idx)[:, : self.valid]
-        else:
-            hidden, head = rows
-            x = hidden.index_select(0, idx).to(head.dtype) @ head[: self.valid].T
-        return x.to(self.dtype) / self.temperature
+    @cached_property
+    def all_active(self) -> bool:
+        return len(self.active) == self.num_tokens
 
-    def pick(self, x: Tensor, chunk: slice) -> Tensor:
-        """x [n, valid] at the sampled token, [n]; -inf where another rank owns it."""
-        if self.valid == 0:
-            return x.new_full((x.shape[0],), -torch.inf)
-        return x.gather(-1, self.index[chunk])[:, 0].masked_fill(~self.owned[chunk], -torch.inf)
-
-    def all_gather(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{name: [N]} of this rank -> {name: [W, N]} of all, in one collective."""
-        mine = torch.stack(list(columns.values()))
+    def all_gather(self, columns: Tensor) -> Tensor:
+        """[C, n] of this rank -> [W, C, n] of all, in one collective."""
         if self.group is None or self.group.size() == 1:
-            out = mine[None]
-        else:
-            out = all_gather(mine, self.group)
-        return dict(zip(columns, out.unbind(1), strict=True))
+            return columns[None]
+        return all_gather(columns, self.group)
+
+    def begin_all_gather(self, columns: Tensor) -> Callable[[], Tensor]:
+        """Starts the same; the function that it gives waits for it."""
+        if self.group is None or self.group.size() == 1:
+            return lambda: columns[None]
+        return start_all_gather(columns, self.group)
 
     def to_all_tokens(self, values: Tensor) -> Tensor:
+        """[N] -> [T] in the arithmetic's type, 0 where masked out."""
+        return self.spread(values.to(self.dtype))
+
+    def spread(self, values: Tensor) -> Tensor:
         """[N] -> [T], 0 where masked out."""
-        return values.new_zeros(self.num_tokens).index_copy_(0, self.active, values)
-
-
-def concatenate(
-    chunks: Sequence[dict[str, Tensor]], names: Sequence[str], empty: Tensor
-) -> dict[str, Tensor]:
-    """Joins the columns of all chunks; `empty` [0] stands in where no token is active."""
-    return {name: torch.cat([c[name] for c in chunks]) if chunks else empty for name in names}
+        if self.all_active:
+            return values
+        out = values.new_zeros(self.num_tokens)
+        return out.index_copy_(0, self.active, values)

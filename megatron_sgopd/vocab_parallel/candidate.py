@@ -1,0 +1,96 @@
+"""The gate applied to every vocabulary entry: D = -E_p A, A(v) = (T-S)(v) + (lambda(v)-1)(T-R)(v).
+
+A is made of log-probs: with raw logits the normalisers would not cancel (docs/method.md). So the
+normalisers are merged first, and E_p A takes a pass and a collective more. The row's gradient is
+-p (A - E_p A).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_sgopd.vocab_parallel.blocks import (
+    Chunk,
+    centre,
+    destination,
+    exponentials,
+    load,
+    store,
+    weighted_sum,
+)
+from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective
+from megatron_sgopd.vocab_parallel.softmax import Columns
+
+# (a2 [b, V], places of the b tokens among all T) -> lambda [b, V]
+CandidateLambda = Callable[[Tensor, Tensor], Tensor]
+
+
+class Candidate(Objective):
+    """A lambda per vocabulary entry in place of the row's."""
+
+    name = "gated reverse KL of candidates"
+    num_buffers = 4
+    candidate_lambda: CandidateLambda
+
+    def block_statistics(self, chunk: Chunk, block: slice, columns: Columns) -> None:
+        a, e, *_ = self.scratch(chunk).buffers(block.stop - block.start)
+        self.student_block(chunk, block, columns, a, e)
+        self.entropy_sum(a, e, columns, a)
+        for softmax, matrix in (
+            (columns.teacher, chunk.teacher),
+            (columns.reference, chunk.reference),
+        ):
+            assert softmax is not None and matrix is not None, "the gate compares three models"
+            x = load(matrix, chunk.rows(block), a)
+            exponentials(centre(x, softmax, a), self.c, softmax, a)
+
+    def divergence(self, chunk: Chunk, local: Columns, found: Found, c: Coefficients) -> Tensor:
+        sums = torch.empty(1, len(chunk), dtype=self.shard.dtype, device=chunk.owned.device)
+        for block, p, advantage, other in self._advantages(chunk, local, found):
+            weighted_sum(advantage, p, sums[0, block], other, self.careful)
+        return -self.shard.all_gather(sums).double().sum(0)[0]
+
+    def gradient(
+        self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
+    ) -> None:
+        weight, additive = c.per_logit(self.temperature)
+        slope = (-weight).to(self.shard.dtype)[:, None]
+        bias = (additive - weight * divergence).to(self.shard.dtype)[:, None]
+        for block, p, advantage, _ in self._advantages(chunk, local, found):
+            rows = chunk.rows(block)
+            advantage = torch.addcmul(bias[block], advantage, slope[block])
+            out = destination(chunk.student, rows, advantage)
+            torch.mul(p, advantage, out=out)
+            if self.careful:
+                out.masked_fill_(p == 0, 0.0)
+            store(chunk.student, rows, out)
+        self.imitate(chunk, additive)
+
+    def _advantages(
+        self, chunk: Chunk, local: Columns, found: Found
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(block, p, A, scratch) of each block."""
+        scratch, constants = self.scratch(chunk), {}
+        for name in ("student", "teacher", "reference"):
+            merged = getattr(found, name)
+            constant = self.own(merged)[1] / self.temperature - merged.log_total
+            constants[name] = constant.to(self.shard.dtype)[:, None]
+        for block in scratch.blocks(len(chunk)):
+            s, t, r, other = scratch.buffers(block.stop - block.start)
+            columns = local.at(block, self.layout)
+            for name, out in (("student", s), ("teacher", t), ("reference", r)):
+                matrix, softmax = getattr(chunk, name), getattr(columns, name)
+                self.again(matrix, chunk.rows(block), softmax, out)
+                if self.temperature != 1.0:
+                    out.div_(self.temperature)
+                out.add_(constants[name][block])
+            torch.sub(t, r, out=r)
+            a2 = torch.sub(t, s, out=t)
+            if self.careful:  # no column that its model excludes has an opinion of the others
+                a2.nan_to_num_(0.0, torch.inf, -torch.inf)
+                r.nan_to_num_(0.0, 0.0, 0.0)
+            lam = self.candidate_lambda(a2, chunk.index[block])
+            yield block, s.exp_(), a2.add_(r.mul_(lam - 1.0)), other

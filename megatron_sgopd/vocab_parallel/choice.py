@@ -1,0 +1,164 @@
+"""Which objective the caller's options ask for, and what of them does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sgopd.vocab_parallel.blocks import Place
+from megatron_sgopd.vocab_parallel.candidate import Candidate, CandidateLambda
+from megatron_sgopd.vocab_parallel.divergences import ForwardKL, JensenShannon
+from megatron_sgopd.vocab_parallel.objective import Lambda, Objective, is_one
+from megatron_sgopd.vocab_parallel.reverse_kl import ReverseKL
+from megatron_sgopd.vocab_parallel.sampled import Sampled
+from megatron_sgopd.vocab_parallel.shard import Rows, Shard, is_logprobs, num_local_rows
+from megatron_sgopd.vocab_parallel.softmax import Layout
+from megatron_sgopd.vocab_parallel.top_k import TopK
+
+ESTIMATORS = ("sampled", "full_vocab")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+BACKENDS = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The caller's options, checked one by one when made.
+
+    Raises:
+        ValueError: an option that is none of those allowed, or two that do not go together.
+    """
+
+    estimator: str
+    divergence: str
+    beta: float
+    top_k: int | None
+    lambdas: tuple[Lambda, ...]
+    candidate_lambda: CandidateLambda | None
+    backend: str
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("estimator", ESTIMATORS),
+            ("divergence", DIVERGENCES),
+            ("backend", BACKENDS),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                words = " and ".join(repr(a) for a in allowed)
+                raise ValueError(f"{name} is {value!r}; allowed are {words}")
+        if not 1 <= len(self.lambdas) <= 2:
+            raise ValueError(f"one or two lambdas are allowed, got {len(self.lambdas)}")
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"beta is {self.beta}; it lies between 0 (forward) and 1 (reverse KL)")
+        if self.estimator != "full_vocab":
+            for name, off in (("divergence", "reverse_kl"), ("top_k", None)):
+                if (value := getattr(self, name)) != off:
+                    raise ValueError(
+                        f"{name} is {value!r} with estimator 'sampled', which reads one token of a "
+                        "row: use full_vocab"
+                    )
+        if self.top_k is not None:
+            self._check_top_k(self.top_k)
+        if self.candidate_lambda is not None and self.divergence != "reverse_kl":
+            raise ValueError(
+                f"the per-candidate gate is a reverse KL; divergence is {self.divergence!r}"
+            )
+
+    def _check_top_k(self, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"top_k is {k}; at least one token is wanted (None: all of them)")
+        if self.candidate_lambda is not None:
+            raise ValueError("top_k and the per-candidate gate do not go together: drop one")
+        if not all(is_one(lam) for lam in self.lambdas):
+            raise ValueError(
+                f"top_k serves lambda 1 alone, got lambdas {self.lambdas}: the extrapolated "
+                "teacher's likeliest tokens are others than the teacher's"
+            )
+
+    @property
+    def full(self) -> bool:
+        return self.estimator == "full_vocab"
+
+    @property
+    def kind(self) -> str:
+        """The divergence, with JSD's end points under their own names."""
+        if self.divergence != "jsd" or 0.0 < self.beta < 1.0:
+            return self.divergence
+        return "reverse_kl" if self.beta == 1.0 else "forward_kl"
+
+    def chosen(self, lam: Tensor, places: Place) -> tuple[Tensor, Tensor | None]:
+        """(lambda [n] in float64, whether it is the last of two) from what coefficients gave."""
+        two = len(self.lambdas) == 2
+        first, last = (self._at(self.lambdas[i], places, lam) for i in (0, -1))
+        if lam.dtype == torch.bool:
+            return (torch.where(lam, last, first), lam) if two else (first, None)
+        if not self.full or self.candidate_lambda is not None:
+            return lam.double(), None
+        is_last = lam == last.to(lam.dtype)
+        neither = ~(is_last | (lam == first.to(lam.dtype)))
+        if bool(neither.any()):
+            raise ValueError(
+                f"the coefficients gave lambda {lam[neither][0].item()}, which is none of "
+                "`lambdas`; pass every value that they can take (two at most)"
+            )
+        return torch.where(is_last, last, first), is_last if two else None
+
+    def _at(self, lam: Lambda, places: Place, like: Tensor) -> Tensor:
+        if isinstance(lam, Tensor):
+            return lam[places].double()
+        return torch.full(like.shape, lam, dtype=torch.float64, device=like.device)
+
+
+def check_models(choice: Choice, models: Mapping[str, Rows]) -> None:
+    """Raises ValueError for models that do not fit each other or the choice."""
+    width = num_local_rows(models["student"])
+    for name, rows in models.items():
+        if is_logprobs(rows):
+            if choice.full or name == "student":
+                raise ValueError(
+                    f"full_vocab needs the {name}'s rows (logits [T, V] or hidden and head); got "
+                    "log-probs [T], which serve `sampled` only"
+                )
+        elif num_local_rows(rows) != width:
+            raise ValueError(
+                f"the {name} holds {num_local_rows(rows)} vocabulary rows on this rank and the "
+                f"student {width}: pad both vocabularies to the same size"
+            )
+    if not choice.full or "teacher" not in models:
+        return
+    if choice.top_k is not None and "reference" in models:
+        raise ValueError("top_k compares with the teacher alone; a reference was given: leave it")
+    extrapolates = choice.candidate_lambda or not all(is_one(lam) for lam in choice.lambdas)
+    if extrapolates and "reference" not in models:
+        raise ValueError(f"lambdas {choice.lambdas} need a reference; none was given")
+
+
+def make_objective(choice: Choice, shard: Shard, models: Mapping[str, Rows]) -> Objective:
+    """The objective of the options; without a teacher there is nothing to diverge from."""
+    rows = {name for name in models if not is_logprobs(models[name])}
+    logprobs = {name: m for name, m in models.items() if isinstance(m, Tensor) and is_logprobs(m)}
+    has = {name: name in rows for name in ("teacher", "reference")}
+    if not choice.full or "teacher" not in models:
+        return Sampled(shard, Layout(**has), logprobs=logprobs, backend=choice.backend)
+    if choice.candidate_lambda is not None:
+        gate = Candidate(shard, Layout(**has), backend=choice.backend)
+        gate.candidate_lambda = choice.candidate_lambda
+        return gate
+    if choice.top_k is not None:
+        best = TopK(shard, Layout(**has), backend=choice.backend)
+        best.k = choice.top_k
+        best.beta = {"reverse_kl": 1.0, "forward_kl": 0.0}.get(choice.kind, choice.beta)
+        return best
+    lambdas = choice.lambdas
+    targets = sum(not is_one(lam) for lam in lambdas)
+    if choice.kind == "reverse_kl":
+        layout = Layout(**has, targets=targets, sums=2 if targets else 1)
+        return ReverseKL(shard, layout, lambdas, backend=choice.backend)
+    if choice.kind == "forward_kl":
+        layout = Layout(**has, targets=targets, sums=len(lambdas))
+        return ForwardKL(shard, layout, lambdas, backend=choice.backend)
+    mixture = JensenShannon(shard, Layout(**has, targets=targets), lambdas, backend=choice.backend)
+    mixture.beta = choice.beta
+    return mixture

@@ -1,0 +1,303 @@
+"""What an objective is: two passes over rows with the method's coefficients between them.
+
+*Statistics*: each rank reduces its shard of every row to a few columns, one all-gather brings them
+together, every rank merges them alike. *Gradient*: each rank writes the gradient of its own logits.
+An objective is one file: which columns, how they merge into a divergence, and the two passes.
+
+Shapes: n tokens of a chunk, b rows of a block, V valid vocabulary rows of this rank, W ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sgopd.vocab_parallel.blocks import (
+    Chunk,
+    Place,
+    Scratch,
+    centre,
+    destination,
+    exponent,
+    exponentials,
+    load,
+    recentre,
+    store,
+    weighted_sum,
+)
+from megatron_sgopd.vocab_parallel.shard import Shard
+from megatron_sgopd.vocab_parallel.softmax import (
+    Columns,
+    Layout,
+    Merged,
+    Softmax,
+    mean,
+    merge,
+    over,
+)
+
+Lambda = float | Tensor  # a number, or one per token [T]
+
+
+def is_one(lam: Lambda) -> bool:
+    return not isinstance(lam, Tensor) and lam == 1.0
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Coefficients of a chunk's tokens, float64 [n] each."""
+
+    weight: Tensor
+    lam: Tensor
+    is_last: Tensor | None  # bool: whose lambda is the last of `lambdas`; None where there is one
+    additive: Tensor
+    scale: Tensor
+
+    def per_logit(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """(weight, additive) of the gradient with respect to the raw logits."""
+        scale = self.scale if temperature == 1.0 else self.scale / temperature
+        return self.weight * scale, self.additive * scale
+
+    @classmethod
+    def joined(cls, parts: Sequence[Coefficients]) -> Coefficients:
+        """Of all tokens, from those of their blocks."""
+        flags = [p.is_last for p in parts if p.is_last is not None]
+        return cls(
+            torch.cat([p.weight for p in parts]),
+            torch.cat([p.lam for p in parts]),
+            torch.cat(flags) if flags else None,
+            torch.cat([p.additive for p in parts]),
+            torch.cat([p.scale for p in parts]),
+        )
+
+    def part(self, tokens: slice) -> Coefficients:
+        """Of some of the tokens."""
+        is_last = None if self.is_last is None else self.is_last[tokens]
+        values = (self.weight[tokens], self.lam[tokens])
+        return Coefficients(*values, is_last, self.additive[tokens], self.scale[tokens])
+
+
+@dataclass(frozen=True)
+class Found:
+    """Merged statistics of a chunk's tokens, float64 [n] each."""
+
+    student: Merged
+    teacher: Merged | None
+    reference: Merged | None
+    student_logprobs: Tensor
+    teacher_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+    entropy: Tensor | None
+    targets: tuple[Merged, ...] = ()  # softmaxes of the extrapolated teachers
+    divergences: tuple[Tensor, ...] = ()  # one for each of `lambdas`, where one pass gives them
+
+
+class Objective(ABC):
+    """A divergence with its passes in plain PyTorch; a subclass says which columns it needs."""
+
+    name: str
+    num_buffers: int  # scratch blocks that its passes use at once
+    one_pass = False  # whether blocks can go through both passes at once (`block_gradient`)
+    keeps = False  # whether the gradient pass can use what the first left in a chunk's matrices
+
+    def __init__(
+        self,
+        shard: Shard,
+        layout: Layout,
+        lambdas: Sequence[Lambda] = (),
+        *,
+        logprobs: Mapping[str, Tensor] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        """`logprobs`: {"teacher" or "reference": [T]} of models that came as log-probs."""
+        self.backend = backend
+        self.shard, self.layout = shard, layout
+        self.lambdas = tuple(lambdas)
+        self.extrapolated = tuple(lam for lam in self.lambdas if not is_one(lam))
+        self.logprobs = logprobs or {}
+        self.temperature = shard.temperature
+        self.c = exponent(shard.temperature)
+        self.careful = False  # whether some logits are -inf; found by the statistics pass
+        self._scratch: Scratch | None = None
+
+    # -- the first pass ----------------------------------------------------------------------------
+
+    def statistics(self, chunk: Chunk) -> Columns:
+        """This shard's columns of a chunk; may leave intermediate results in its scratch."""
+        columns = self.begin(chunk)
+        self._statistics(chunk, columns)
+        if not self.careful and not columns.sums_are_finite(self.layout):
+            self.repair(chunk, columns)
+        return columns
+
+    def begin(self, chunk: Chunk) -> Columns:
+        """Columns of a chunk with the sampled tokens' logits filled in."""
+        columns = Columns.empty(self.layout, len(chunk), self.shard.dtype, chunk.local_token.device)
+        for name in ("student", "teacher", "reference"):
+            softmax: Softmax | None = getattr(columns, name)
+            if softmax is not None:
+                assert softmax.token is not None
+                softmax.token.copy_(chunk.tokens_of(getattr(chunk, name)))
+        return columns
+
+    def statistics_of(self, chunk: Chunk, block: slice, columns: Columns) -> None:
+        """The first pass of one block, again with care where a logit is -inf; its own columns."""
+        self.block_statistics(chunk, block, columns)
+        if not self.careful and not columns.sums_are_finite(self.layout):
+            self.careful = True
+            self.block_statistics(chunk, block, columns)
+        self.scratch(chunk).hold(chunk, block)
+
+    def repair(self, chunk: Chunk, columns: Columns) -> None:
+        """Takes the pass again with care for logits of -inf, from here on for every chunk."""
+        if not chunk.frozen_is_scratch:  # else what was read is gone, and was no finite product
+            self.careful = True
+            self._statistics(chunk, columns)
+
+    def _statistics(self, chunk: Chunk, columns: Columns) -> None:
+        scratch = self.scratch(chunk)
+        for block in scratch.blocks(len(chunk)):
+            self.block_statistics(chunk, block, columns.at(block, self.layout))
+            scratch.hold(chunk, block)
+
+    @abstractmethod
+    def block_statistics(self, chunk: Chunk, block: slice, columns: Columns) -> None:
+        """Fills the columns of a block, which are `columns`."""
+
+    def columns(self, storage: Tensor) -> Columns:
+        """Statistics [..., C, n] by name."""
+        return Columns.of(storage, self.layout)
+
+    def no_columns(self) -> Tensor:
+        """Statistics [C, 0] of no token."""
+        shard = self.shard
+        columns = Columns.empty(self.layout, 0, shard.dtype, shard.active.device)
+        return columns.storage
+
+    def merge_all(self, gathered: Tensor) -> Found:
+        """Statistics of all active tokens from [W, C, N] in float64."""
+        shard = self.shard
+        tokens = (shard.active, shard.local_token, shard.owned)
+        nothing = gathered.new_empty(0, 0)  # merging reads no logits
+        chunk = Chunk(nothing, None, None, slice(0, 0), *tokens)
+        return self.merge(chunk, self.columns(gathered))
+
+    def merge(self, chunk: Chunk, shards: Columns, with_entropy: bool = True) -> Found:
+        """Shards [W, C, n] in float64 -> statistics over the whole vocabulary."""
+        models = {
+            name: None if softmax is None else merge(softmax, self.temperature)
+            for name, softmax in (
+                ("student", shards.student),
+                ("teacher", shards.teacher),
+                ("reference", shards.reference),
+            )
+        }
+        student = models["student"]
+        assert student is not None
+        entropy = None
+        if shards.entropy is not None and with_entropy:
+            centred = mean(shards.entropy, shards.student, student, student.shift)
+            entropy = student.log_total - over(centred, self.temperature)
+        logprobs = [self._logprobs_of(name, models[name], chunk) for name in models]
+        assert logprobs[0] is not None, "the student came as rows"
+        found = Found(
+            student,
+            models["teacher"],
+            models["reference"],
+            logprobs[0],
+            logprobs[1],
+            logprobs[2],
+            entropy,
+        )
+        return self.complete(chunk, shards, found)
+
+    def _logprobs_of(self, name: str, model: Merged | None, chunk: Chunk) -> Tensor | None:
+        if model is not None:
+            return model.logprobs(self.temperature)
+        given = self.logprobs.get(name)
+        return None if given is None else given[chunk.index].double()
+
+    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> Found:
+        """Adds the objective's own statistics."""
+        return found
+
+    # -- between the passes ------------------------------------------------------------------------
+
+    @abstractmethod
+    def divergence(self, chunk: Chunk, local: Columns, found: Found, c: Coefficients) -> Tensor:
+        """D of the chosen lambda, [n]. May take a pass and a collective of its own."""
+
+    def choose(self, values: Sequence[Tensor], c: Coefficients) -> Tensor:
+        """Each token's value of its lambda, [n]."""
+        if c.is_last is None:
+            return values[-1]
+        return torch.where(c.is_last, values[-1], values[0])
+
+    # -- the second pass ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def gradient(
+        self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
+    ) -> None:
+        """Writes scale * (weight dD - additive d log p(y)) over the student's rows."""
+
+    def imitate(self, chunk: Chunk, additive: Tensor) -> None:
+        """Subtracts the additive term at the sampled tokens, if there is any."""
+        if bool((additive != 0).any()):
+            chunk.subtract_at_tokens(additive.to(self.shard.dtype))
+
+    # -- what blocks have in common ----------------------------------------------------------------
+
+    def scratch(self, chunk: Chunk) -> Scratch:
+        if self._scratch is None:
+            self._scratch = Scratch(
+                self.num_buffers,
+                self.shard.valid,
+                self.shard.dtype,
+                chunk.student.device,
+                limit=self.shard.num_tokens,
+            )
+        return self._scratch
+
+    def student_block(
+        self, chunk: Chunk, block: slice, columns: Columns, a: Tensor, e: Tensor
+    ) -> Tensor:
+        """The student's softmax: x - m to `a`, its exponentials to `e`, which it gives.
+
+        Where the student's matrix is scratch, the exponentials replace its logits.
+        """
+        rows = chunk.rows(block)
+        x = load(chunk.student, rows, a)
+        if chunk.student_is_scratch:
+            e = destination(chunk.student, rows, e)
+        exponentials(centre(x, columns.student, a), self.c, columns.student, e)
+        if chunk.student_is_scratch:
+            store(chunk.student, rows, e)
+        return e
+
+    def entropy_sum(self, a: Tensor, e: Tensor, columns: Columns, product: Tensor) -> None:
+        """The sum of e (x - m), from which the entropy comes; `product` may be `a`."""
+        if columns.entropy is not None:
+            weighted_sum(a, e, columns.entropy, product, self.careful)
+
+    def extrapolate(self, lam: Lambda, chunk: Chunk, block: slice) -> Lambda:
+        """lambda - 1 of a block: a number or [b, 1]."""
+        if isinstance(lam, Tensor):
+            return (lam[chunk.index[block]].to(self.shard.dtype) - 1.0)[:, None]
+        return lam - 1.0
+
+    def again(self, model: Tensor, rows: Place, softmax: Softmax, out: Tensor) -> Tensor:
+        """A block's logits minus the maximum that the first pass found, to `out`."""
+        return recentre(load(model, rows, out), softmax, out)
+
+    def own(self, merged: Merged) -> tuple[Tensor | float, Tensor | float]:
+        """(weight, shift) of this rank's shard in a merged softmax: 1 and 0 of a single one."""
+        if merged.weight is None or merged.shift is None:
+            return 1.0, 0.0
+        assert self.shard.group is not None
+        rank = self.shard.group.rank()
+        return merged.weight[rank], merged.shift[rank]

@@ -1,0 +1,162 @@
+"""Logits for one chunk of tokens at a time, from hidden states and shards of LM heads.
+
+Only tokens that are trained on meet a head; the buffers of one chunk are all the logits there ever
+are. The gradient of a chunk goes from them straight to the hidden states and to the student's head:
+into Megatron's fp32 `main_grad` where the head has one.
+
+Shapes: T tokens, D hidden, V vocabulary rows of this rank, n tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_sgopd.vocab_parallel.blocks import Chunk
+from megatron_sgopd.vocab_parallel.shard import Rows, Shard
+
+# Logits of one chunk, all models together. CPUs: little more than what 256 tokens need anyway.
+# GPUs: 512 rows of 152,000 columns of two models, enough to fill the chip (docs/performance.md).
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
+LEAST_TOKENS = 256  # of a chunk: what a coefficient function sees at once
+HEAD_ROWS = 8192  # of the head whose gradient is made at once, where it must be converted
+
+
+class Projection:
+    """The chunks of a micro-batch, with the student's gradients that they add up to."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        models: Mapping[str, Rows],
+        *,
+        chunk_tokens: int | None,
+        with_gradient: bool,
+        buffers: int = 1,
+    ) -> None:
+        """`buffers`: how many chunks can be at hand at once."""
+        self.shard, self.models = shard, models
+        student = models["student"]
+        self.device = student.device if isinstance(student, Tensor) else student[0].device
+        self.size = chunk_tokens or self._default_size(buffers)
+        self.size = max(1, min(self.size, len(shard.active)))
+        self._sets = [
+            {
+                name: torch.empty(self.size, shard.valid, dtype=shard.dtype, device=self.device)
+                for name in models
+            }
+            for _ in range(buffers)
+        ]
+        self.num_sets = buffers
+        self.hidden_grad: Tensor | None = None
+        self.head_grad: Tensor | None = None
+        if with_gradient:
+            self._prepare_gradients()
+
+    def _default_size(self, buffers: int) -> int:
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        row = max(1, self.shard.valid) * self.shard.dtype.itemsize * len(self.models) * buffers
+        return max(LEAST_TOKENS, CHUNK_BYTES[kind] // row)
+
+    def _prepare_gradients(self) -> None:
+        student = self.models["student"]
+        if isinstance(student, Tensor):
+            self.logits_grad = torch.zeros_like(student)
+            return
+        hidden, head = student
+        if hidden.requires_grad:
+            self.hidden_grad = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        main_grad = getattr(head, "main_grad", None) if head.requires_grad else None
+        self.in_main_grad = main_grad is not None
+        if main_grad is not None:
+            self._head_sum: Tensor = main_grad
+        elif head.requires_grad:
+            self._head_sum = torch.zeros(head.shape, dtype=self.shard.dtype, device=head.device)
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def chunks(self, *, kept: bool) -> Iterator[Chunk]:
+        """The chunks in order. `kept`: the passes may leave results in the buffers."""
+        shard = self.shard
+        for number, start in enumerate(range(0, len(shard.active), self.size)):
+            part = slice(start, min(start + self.size, len(shard.active)))
+            index = shard.active[part]
+            n = len(index)
+            buffers = {k: b[:n] for k, b in self._sets[number % len(self._sets)].items()}
+            for name, out in buffers.items():
+                self._project(name, index, out)
+            yield Chunk(
+                buffers["student"],
+                buffers.get("teacher"),
+                buffers.get("reference"),
+                place=slice(0, n),
+                index=index,
+                local_token=shard.local_token[part],
+                owned=shard.owned[part],
+                student_is_scratch=kept,
+                frozen_is_scratch=kept,
+            )
+
+    def _project(self, name: str, index: Tensor, out: Tensor) -> None:
+        """The logits [n, V] of some tokens under a model, to `out`, in fp32 at least."""
+        rows, valid = self.models[name], self.shard.valid
+        if isinstance(rows, Tensor):
+            out.copy_(rows.detach().index_select(0, index)[:, :valid])
+            return
+        hidden, head = self._select(rows[0].detach(), index), rows[1].detach()[:valid]
+        hidden = hidden.to(head.dtype)
+        if head.dtype == out.dtype:
+            torch.mm(hidden, head.T, out=out)
+        elif out.is_cuda:
+            out.copy_(torch.mm(hidden, head.T, out_dtype=out.dtype))
+        else:
+            # CPUs give the product in the inputs' type. What that rounding took from the student's
+            # logits is added by a second product; it is most of the gradient's error (LOG.md).
+            rounded = torch.mm(hidden, head.T)
+            out.copy_(rounded)
+            if name == "student":
+                out.add_(torch.addmm(rounded, hidden, head.T, beta=-1.0))
+
+    def _select(self, hidden: Tensor, index: Tensor) -> Tensor:
+        return hidden if len(index) == len(hidden) else hidden.index_select(0, index)
+
+    # -- backward, in the forward pass -------------------------------------------------------------
+
+    def add_gradient(self, chunk: Chunk) -> None:
+        """Adds the gradient [n, V] that a chunk's student buffer holds to what it came from."""
+        student = self.models["student"]
+        if isinstance(student, Tensor):
+            rows = chunk.student.to(student.dtype)
+            self.logits_grad[:, : self.shard.valid].index_copy_(0, chunk.index, rows)
+            return
+        hidden, head = student[0].detach(), student[1].detach()
+        grad = chunk.student.to(head.dtype)
+        if self.hidden_grad is not None:
+            product = torch.mm(grad, head[: self.shard.valid]).to(hidden.dtype)
+            self.hidden_grad.index_copy_(0, chunk.index, product)
+        if student[1].requires_grad:
+            states = self._select(hidden, chunk.index).to(head.dtype)
+            add_outer(self._head_sum[: self.shard.valid], grad, states)
+
+    def finished_head_grad(self) -> Tensor | None:
+        """The head's gradient in its own type; None where it is in `main_grad` or not wanted."""
+        student = self.models["student"]
+        if isinstance(student, Tensor) or not student[1].requires_grad or self.in_main_grad:
+            return None
+        return self._head_sum.to(student[1].dtype)
+
+
+def add_outer(total: Tensor, grad: Tensor, states: Tensor) -> None:
+    """total [V, D] += grad^T [V, n] states [n, D], without a [V, D] buffer beside it."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.T, states)
+        return
+    for i in range(0, len(total), HEAD_ROWS):
+        part = grad[:, i : i + HEAD_ROWS].T
+        if grad.is_cuda and total.dtype == torch.float32:
+            product = torch.mm(part, states, out_dtype=torch.float32)
+        else:
+            product = torch.mm(part, states)
+        total[i : i + HEAD_ROWS] += product

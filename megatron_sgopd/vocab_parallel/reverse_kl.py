@@ -1,0 +1,220 @@
+"""Reverse KL to the extrapolated teacher: KL(softmax(x) || softmax(lambda t + (1-lambda) r)).
+
+With d = (x - t) - (lambda-1)(t - r), about the models' maxima, log p - log q = d / temperature +
+a constant of the token, and the row's gradient is p (log p - log q - KL) (docs/method.md). E_p d is
+linear in lambda, so the sums of e (x - t) and e (t - r) serve every lambda; only the target's
+normaliser is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_sgopd.vocab_parallel.blocks import (
+    Chunk,
+    centre,
+    destination,
+    exponentials,
+    load,
+    store,
+    weighted_sum,
+)
+from megatron_sgopd.vocab_parallel.objective import (
+    Coefficients,
+    Found,
+    Lambda,
+    Objective,
+    is_one,
+)
+from megatron_sgopd.vocab_parallel.softmax import Columns, Merged, Softmax, mean, merge, over
+
+
+class TowardTarget(Objective):
+    """What objectives with an extrapolated teacher as target have in common."""
+
+    def merge_targets(
+        self, chunk: Chunk, shards: Columns, found: Found
+    ) -> Iterator[tuple[Lambda, Merged]]:
+        """(lambda, softmax of its target about the merged centres) for each of `lambdas`.
+
+        A shard's target maximum is relative to the shard's own centres of teacher and reference.
+        """
+        assert found.teacher is not None
+        own = iter(shards.targets)
+        for lam in self.lambdas:
+            if is_one(lam):
+                assert shards.teacher is not None
+                yield lam, found.teacher
+                continue
+            target = next(own)
+            if found.teacher.shift is not None:
+                assert found.reference is not None and found.reference.shift is not None
+                extra = self.less_one(lam, chunk)
+                moved = found.teacher.shift + extra * (found.teacher.shift - found.reference.shift)
+                target = Softmax(target.maximum + moved, target.total)
+            yield lam, merge(target, self.temperature)
+
+    def less_one(self, lam: Lambda, chunk: Chunk) -> Lambda:
+        """lambda - 1 of the chunk's tokens: a number or [n]."""
+        return lam[chunk.index].double() - 1.0 if isinstance(lam, Tensor) else lam - 1.0
+
+    def target_block(
+        self, lam: Lambda, chunk: Chunk, block: slice, t: Tensor, gap: Tensor, out: Tensor
+    ) -> Tensor:
+        """The target's logits t + (lambda-1)(t - r) about the centres of t and r, to `out`."""
+        extra = self.extrapolate(lam, chunk, block)
+        if isinstance(extra, Tensor):
+            torch.addcmul(t, gap, extra, out=out)
+        else:
+            torch.add(t, gap, alpha=extra, out=out)
+        if self.careful:  # where the teacher excludes a column, whatever the reference says
+            out.masked_fill_(t == -torch.inf, -torch.inf)
+        return out
+
+
+class ReverseKL(TowardTarget):
+    """Exact reverse KL; the row gate chooses between the targets of two lambdas."""
+
+    name = "reverse KL"
+    keeps = True
+    one_pass = True
+
+    @property
+    def num_buffers(self) -> int:  # type: ignore[override]
+        return 4 if self.layout.reference else 3
+
+    def block_statistics(self, chunk: Chunk, block: slice, columns: Columns) -> None:
+        a, e, t, *more = self.scratch(chunk).buffers(block.stop - block.start)
+        rows = chunk.rows(block)
+        assert chunk.teacher is not None and columns.teacher is not None
+        t = centre(load(chunk.teacher, rows, t), columns.teacher, t)
+        exponentials(t, self.c, columns.teacher, e)
+        gap = None
+        if columns.reference is not None and chunk.reference is not None:
+            r = centre(load(chunk.reference, rows, more[0]), columns.reference, more[0])
+            exponentials(r, self.c, columns.reference, e)
+            gap = torch.sub(t, r, out=more[0])
+            for lam, target in zip(self.extrapolated, columns.targets, strict=True):
+                h = self.target_block(lam, chunk, block, t, gap, a)
+                exponentials(centre(h, target, a), self.c, target, a)
+        e = self.student_block(chunk, block, columns, a, e)
+        d = torch.sub(a, t, out=t)
+        self.entropy_sum(a, e, columns, a)
+        weighted_sum(d, e, columns.sums[0], a, self.careful)
+        if gap is not None and self.extrapolated:
+            weighted_sum(gap, e, columns.sums[1], a, self.careful)
+        if chunk.frozen_is_scratch:
+            chunk.teacher[rows] = d
+            if gap is not None and chunk.reference is not None:
+                chunk.reference[rows] = gap
+
+    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> Found:
+        student, teacher, reference = found.student, found.teacher, found.reference
+        assert teacher is not None
+        shift = None
+        if student.shift is not None and teacher.shift is not None:
+            shift = student.shift - teacher.shift
+        student_less_teacher = mean(shards.sums[0], shards.student, student, shift)
+        targets, values = [], []
+        for lam, target in self.merge_targets(chunk, shards, found):
+            expected = student_less_teacher
+            if not is_one(lam):
+                assert reference is not None
+                shift = None
+                if teacher.shift is not None and reference.shift is not None:
+                    shift = teacher.shift - reference.shift
+                teacher_less_reference = mean(shards.sums[1], shards.student, student, shift)
+                expected = expected - self.less_one(lam, chunk) * teacher_less_reference
+            targets.append(target)
+            values.append(over(expected, self.temperature) + self.offset(found, target))
+        return replace(found, targets=tuple(targets), divergences=tuple(values))
+
+    def offset(self, found: Found, target: Merged) -> Tensor:
+        """log p - log q - d / temperature, the same for a token's whole row, [n]."""
+        offset = target.log_total - found.student.log_total
+        if target is found.teacher:  # its maximum is the centre itself
+            return offset
+        return offset + over(target.softmax.maximum, self.temperature)
+
+    def divergence(self, chunk: Chunk, local: Columns, found: Found, c: Coefficients) -> Tensor:
+        return self.choose(found.divergences, c)
+
+    def gradient(
+        self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
+    ) -> None:
+        slope, bias, less = self.constants(found, c, divergence)
+        for block in self.scratch(chunk).blocks(len(chunk)):
+            columns = local.at(block, self.layout)
+            extra = None if less is None else less[block]
+            self.block_gradient(chunk, block, columns, slope[block], bias[block], extra)
+        self.imitate(chunk, c.per_logit(self.temperature)[1])
+
+    def constants(
+        self, found: Found, c: Coefficients, divergence: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(slope, bias, 1 - lambda), [n, 1] each: the gradient is e (slope d + bias)."""
+        weight, additive = c.per_logit(self.temperature)
+        share, shift = self.own(found.student)
+        constant = self.choose([self.offset(found, t) for t in found.targets], c) - divergence
+        assert found.teacher is not None
+        extra = c.lam - 1.0 if self.extrapolated else None
+        if found.student.shift is not None:  # d is about this shard's centres
+            moved = torch.as_tensor(shift - self.own(found.teacher)[1])
+            if extra is not None and found.reference is not None:
+                gap = self.own(found.teacher)[1] - self.own(found.reference)[1]
+                moved = moved - extra * gap
+            constant = constant + over(moved, self.temperature)
+        per_mass = share / found.student.softmax.total
+        slope = over(weight * per_mass, self.temperature)
+        bias = (weight * constant + additive) * per_mass
+        columns = torch.stack([slope, bias] if extra is None else [slope, bias, -extra])
+        columns = columns.to(self.shard.dtype)[..., None]
+        return columns[0], columns[1], None if extra is None else columns[2]
+
+    def block_gradient(
+        self,
+        chunk: Chunk,
+        block: slice,
+        columns: Columns,
+        slope: Tensor,
+        bias: Tensor,
+        less: Tensor | None,
+    ) -> None:
+        """Writes a block's gradient from its tokens' constants [b, 1]."""
+        opened = less is not None and bool(less.any())
+        e, d, gap = self._terms(chunk, block, columns, opened)
+        if opened and less is not None and gap is not None:
+            if self.careful:
+                gap.nan_to_num_(0.0, 0.0, 0.0)
+            d = torch.addcmul(d, gap, less, out=d)
+        torch.addcmul(bias, d, slope, out=d)
+        rows = chunk.rows(block)
+        out = torch.mul(e, d, out=destination(chunk.student, rows, d))
+        if self.careful:
+            out.masked_fill_(e == 0, 0.0)
+        store(chunk.student, rows, out)
+
+    def _terms(
+        self, chunk: Chunk, block: slice, columns: Columns, opened: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(e, x - t, t - r) of a block: kept from the first pass, or made again."""
+        scratch, rows = self.scratch(chunk), chunk.rows(block)
+        a, e, d, *more = scratch.buffers(block.stop - block.start)
+        assert chunk.teacher is not None and columns.teacher is not None
+        if chunk.frozen_is_scratch:
+            gap = chunk.reference[rows] if opened and chunk.reference is not None else None
+            return chunk.student[rows], chunk.teacher[rows], gap
+        if scratch.still_holds(chunk, block):
+            return e, d, more[0] if more else None
+        self.again(chunk.student, rows, columns.student, a)
+        torch.exp2(torch.mul(a, self.c, out=e), out=e)
+        t = self.again(chunk.teacher, rows, columns.teacher, d)
+        gap = None
+        if opened and columns.reference is not None and chunk.reference is not None:
+            r = self.again(chunk.reference, rows, columns.reference, more[0])
+            gap = torch.sub(t, r, out=r)
+        return e, torch.sub(a, t, out=d), gap
