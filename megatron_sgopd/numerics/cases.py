@@ -80,6 +80,8 @@ ROWS = {
     "-inf columns in the student": Rows(minus_inf="student"),
     "one-hot teacher": Rows(peaked="teacher"),
     "one-hot student": Rows(peaked="student"),
+    "near-certain tokens": Rows(tokens=64, vocab=64, near_certain=True),
+    "near-certain tokens, bf16": Rows(tokens=64, vocab=64, near_certain=True, dtype="bfloat16"),
     "vocabulary 32,768": Rows(tokens=4, vocab=32768),
     "vocabulary 509": Rows(vocab=509),  # odd: the last rank of 2 or 4 pads
     "padded vocabulary": Rows(vocab=500, padding=12),
@@ -124,6 +126,8 @@ NLL_ROWS = (
     "fp16",
     "rows shifted by ±1000",
     "one-hot student",
+    "near-certain tokens",
+    "near-certain tokens, bf16",
     "vocabulary 32,768",
     "vocabulary 509",
     "padded vocabulary",
@@ -131,7 +135,7 @@ NLL_ROWS = (
     "all masked",
 )
 GATE_ROWS = ("fp32", "bf16", "padded vocabulary", "a rank of padding only", "all masked")
-NEAR_CERTAIN = Rows(tokens=2000, vocab=64, masked=0.0, near_certain=True)
+SIGNS = Rows(tokens=2000, vocab=64, masked=0.0, near_certain=True)
 
 
 def _sampled_cases() -> Iterator[Case]:
@@ -140,7 +144,7 @@ def _sampled_cases() -> Iterator[Case]:
     for name, check in CHECKS.items():
         yield Case(name, "nll", check)
     # What `nll` of teacher and student is used for: the sign of T - S.
-    yield Case("sign of T - S, near-certain tokens", "nll", "signs", NEAR_CERTAIN)
+    yield Case("sign of T - S, near-certain tokens", "nll", "signs", SIGNS)
 
 
 def _gate_cases() -> Iterator[Case]:
@@ -148,7 +152,7 @@ def _gate_cases() -> Iterator[Case]:
         yield Case(name, "gated_reverse_kl", rows=ROWS[name])
     for name in ("twice the same bits", "the same bits on all ranks"):
         yield Case(name, "gated_reverse_kl", CHECKS[name])
-    yield Case("gate, near-certain tokens", "gated_reverse_kl", "signs", NEAR_CERTAIN)
+    yield Case("gate, near-certain tokens", "gated_reverse_kl", "signs", SIGNS)
 
 
 # -- the whole loss of this package ----------------------------------------------------------------
@@ -214,6 +218,11 @@ def _loss_cases() -> Iterator[Case]:
         yield case(f"{name}, bf16", loss, replace(SMALL, dtype="bfloat16"))
         yield case(f"{name}, fp16", loss, replace(SMALL, dtype="float16"))
         yield case(f"{name}, -inf columns in all models", loss, IN_ALL)
+    # Of p - onehot there hardly anything is left at the token: rounding p first would lose it.
+    certain = replace(SMALL, tokens=64, near_certain=True, dtype="bfloat16")
+    for method in ("opd", "sft", "grpo"):
+        yield case(f"sampled, {method}, near-certain, bf16", Loss("sampled", method), certain)
+    yield case("plain, near-certain, bf16", Loss(method="opd"), certain)
     plain = Loss(method="opd", hidden=True)  # no gate: rounded logits would move it
     yield case("hidden: plain, bf16", plain, replace(SMALL, dtype="bfloat16"))
 

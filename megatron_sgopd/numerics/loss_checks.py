@@ -107,7 +107,8 @@ def divergence(p: Problem, student: Softmax, lam: Tensor) -> Exact:
     teacher, reference = p.logits["teacher"] / t, p.logits["reference"] / t
     target = bounds.extrapolated(teacher, reference, lam, off)
     if p.loss.top_k is not None:
-        best = target.log_p.topk(p.loss.top_k).indices
+        # Ties at rank k go to the lower id.
+        best = target.log_p.argsort(dim=-1, descending=True, stable=True)[:, : p.loss.top_k]
         kept = torch.zeros_like(target.p, dtype=torch.bool).scatter_(-1, best, True)
         student, target = bounds.with_tail(student, kept), bounds.with_tail(target, kept)
     beta = {"reverse_kl": 1.0, "forward_kl": 0.0}.get(p.loss.divergence, p.loss.beta)
