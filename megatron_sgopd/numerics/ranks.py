@@ -39,6 +39,7 @@ class Ranks:
         self._workers: list[tuple[BaseProcess, Connection]] = []
         self._folder = Path()
         self._starts = 0
+        self._fresh = True  # the function may import its package when it is first called
 
     def run(self, case: Case) -> list[RankOutcome] | str:
         """`rank.run_case` on every rank, in rank order; or what kept a rank from answering."""
@@ -51,7 +52,8 @@ class Ranks:
                 return ready
         for _, connection in self._workers:
             connection.send_bytes(pickle.dumps(case))
-        answers = self._answers(CASE_S)
+        answers = self._answers(START_S if self._fresh else CASE_S)
+        self._fresh = False
         if isinstance(answers, str):
             return answers
         if len({bool(answer.failure) for answer in answers}) > 1:
@@ -70,20 +72,21 @@ class Ranks:
                 try:
                     got[rank] = pickle.loads(connection.recv_bytes())
                 except EOFError:
-                    return self._gone(f"rank {rank} died")
+                    return self._gone(f"rank {rank} died", True)
             failed = [rank for rank, answer in got.items() if answer.failure]
             if failed and len(got) < self.world:  # the rest may wait for it: not for long
                 deadline = min(deadline, time.monotonic() + GRACE_S)
             if time.monotonic() > deadline and len(got) < self.world:
                 if failed:
-                    return self._gone(f"rank {failed[0]}: {got[failed[0]].failure}", log=False)
+                    return self._gone(f"rank {failed[0]}: {got[failed[0]].failure}", False)
                 silent = ", ".join(str(r) for r in range(self.world) if r not in got)
-                return self._gone(f"rank {silent} gave no answer in {timeout:.0f} s")
+                return self._gone(f"rank {silent} gave no answer in {timeout:.0f} s", False)
         return [got[rank] for rank in range(self.world)]
 
-    def _gone(self, message: str, log: bool = True) -> str:
+    def _gone(self, message: str, with_log: bool) -> str:
+        """Ends the ranks; the message, and the last that a rank printed."""
         lines: list[str] = []
-        for rank in range(self.world) if log else ():
+        for rank in range(self.world) if with_log else ():
             if (path := self._folder / f"rank-{rank}.log").exists():
                 lines += path.read_text(encoding="utf-8", errors="replace").split("\n")[-3:]
         self.close()
@@ -92,6 +95,7 @@ class Ranks:
 
     def _start(self) -> None:
         self._starts += 1
+        self._fresh = True
         context = multiprocessing.get_context("spawn")
         self._folder = Path(tempfile.mkdtemp(prefix="sgopd-numerics-"))
         for rank in range(self.world):
