@@ -36,6 +36,7 @@ class MicroBatch:
     is_correct: Tensor  # bool
     is_imitated: Tensor  # bool: a teacher's or a data set's tokens, learnt by cross-entropy
     sampled_logprobs: Tensor  # float32, by the engine; 0 where the loss mask is 0
+    sequence_ids: Tensor  # int64: which of the micro-batch's sequences a token belongs to
     # Packed: where each sequence begins, and the end; of the whole micro-batch on every CP rank.
     cu_seqlens: tuple[int, ...] | None = None
 
@@ -238,7 +239,8 @@ def _pad(
     rows = [_sequence(r, s, mask_truncated) for r, s in zip(rollouts, scales, strict=True)]
     width = max([1, *(len(row["input_ids"]) for row in rows)])
     width = _round_up(width, align * align_sequence)
-    padded = [_padded(row, width) for row in rows] or [_padded(_sequence(None), width)]
+    padded = [_padded(row, width, i) for i, row in enumerate(rows)]
+    padded = padded or [_padded(_sequence(None), width)]
     stacked: dict[str, Any] = {n: torch.stack([p[n] for p in padded]) for n in padded[0]}
     return MicroBatch(**stacked)
 
@@ -251,14 +253,14 @@ def _pack(
     align_sequence: int,
 ) -> MicroBatch:
     """All rollouts in one row; what fills it up to `align` is a sequence of its own."""
-    pieces = []
+    pieces: list[dict[str, Any]] = []
     for rollout, scale in zip(rollouts, scales, strict=True):
         sequence = _sequence(rollout, scale, mask_truncated)
         if length := _round_up(len(sequence["input_ids"]), align_sequence):
-            pieces.append(_padded(sequence, length))
+            pieces.append(_padded(sequence, length, len(pieces)))
     total = sum(len(p["input_ids"]) for p in pieces)
     if fill := _round_up(max(1, total), align * align_sequence) - total:
-        pieces.append(_padded(_sequence(None), fill))
+        pieces.append(_padded(_sequence(None), fill, len(pieces)))
     ends = accumulate(len(p["input_ids"]) for p in pieces)
     whole: dict[str, Any] = {n: torch.cat([p[n] for p in pieces])[None] for n in pieces[0]}
     return MicroBatch(**whole, cu_seqlens=(0, *ends))
@@ -294,14 +296,16 @@ def _sequence(
         "is_correct": everywhere(rollout is not None and rollout.is_correct, torch.bool),
         "is_imitated": everywhere(rollout is not None and rollout.source != "student", torch.bool),
         "sampled_logprobs": logprobs,
+        "sequence_ids": torch.zeros(length, dtype=torch.long),
     }
 
 
-def _padded(sequence: dict[str, Any], length: int) -> dict[str, Any]:
-    """Right-padded with zeros, except that positions go on counting."""
+def _padded(sequence: dict[str, Any], length: int, number: int = 0) -> dict[str, Any]:
+    """Right-padded with zeros, except that positions go on counting; `number` is its id."""
     fill = length - len(sequence["input_ids"])
     padded = {n: torch.nn.functional.pad(x, (0, fill)) for n, x in sequence.items()}
-    return padded | {"position_ids": torch.arange(length)}
+    ids = torch.full((length,), number, dtype=torch.long)
+    return padded | {"position_ids": torch.arange(length), "sequence_ids": ids}
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -38,10 +38,10 @@ from megatron_sgopd.metrics import Clock
 from megatron_sgopd.parallel import Groups
 from megatron_sgopd.roles import Vocabulary, load_reference, load_student, load_teacher
 from megatron_sgopd.student import Student, make_student
+from megatron_sgopd.tie_width import measure_tie_width
 from megatron_sgopd.train_step import (
     accumulate_gradients,
     gather_metrics,
-    measure_tie_width,
     prepare,
     train_step,
 )

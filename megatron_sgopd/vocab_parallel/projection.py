@@ -110,7 +110,7 @@ class Projection:
         if head.dtype == out.dtype:
             torch.mm(hidden, head.T, out=out)
         elif out.is_cuda:
-            out.copy_(torch.mm(hidden, head.T, out_dtype=out.dtype))
+            torch.mm(hidden, head.T, out_dtype=out.dtype, out=out)
         else:
             # CPUs give the product in the inputs' type. What that rounding took from the student's
             # logits is added by a second product; it is most of the gradient's error (LOG.md).
