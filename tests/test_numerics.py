@@ -160,18 +160,13 @@ LOSS_CASES = [c for c in ALL if c.loss is not None and c.rows.dtype == "float32"
 
 
 def test_closed_forms_of_the_loss_equal_the_plain_reference() -> None:
-    compared = 0
     for case in LOSS_CASES:
         p = problem.problem_of(case, inputs.draw(case.rows))
-        if p.loss.divergence != "reverse_kl" or p.loss.top_k is not None:
-            continue
         weight, lam, additive = (c.double() for c in p.coefficients(p.statistics()))
         form = loss_checks.sampled if p.loss.estimator == "sampled" else loss_checks.full
         per_logit = (p.scale * p.inputs.mask)[:, None] / p.loss.temperature
         gradient = form(p, weight, lam, additive).gradient * per_logit
         assert (gradient - loss_checks.reference_gradient(p)).abs().max() < 1e-9, case.name
-        compared += 1
-    assert compared > 20
 
 
 def test_no_gate_of_a_case_is_a_tie_that_rounding_decides() -> None:

@@ -205,6 +205,16 @@ HALVES = {
     "row gate": Loss(),
     "candidate gate": Loss(candidate=True),
 }
+IMITATIONS = {  # whose gradient has a multiple of p - onehot
+    "sampled": Loss("sampled", "opd"),
+    "cross-entropy": Loss("sampled", "sft"),
+    "verifier alone": Loss("sampled", "grpo"),
+    "verifier, reverse KL": Loss(method="grpo"),
+    "verifier, forward KL": Loss(method="grpo", divergence="forward_kl"),
+    "verifier, JSD": Loss(method="grpo", divergence="jsd"),
+    "verifier, top 5 and a tail": Loss(method="grpo", top_k=5),
+    "verifier, candidate gate": Loss(method="grpo", candidate=True),
+}
 IN_ALL = replace(SMALL, minus_inf="all")
 
 
@@ -220,8 +230,8 @@ def _loss_cases() -> Iterator[Case]:
         yield case(f"{name}, -inf columns in all models", loss, IN_ALL)
     # Of p - onehot there hardly anything is left at the token: rounding p first would lose it.
     certain = replace(SMALL, tokens=64, near_certain=True, dtype="bfloat16")
-    for method in ("opd", "sft", "grpo"):
-        yield case(f"sampled, {method}, near-certain, bf16", Loss("sampled", method), certain)
+    for name, loss in IMITATIONS.items():
+        yield case(f"{name}, near-certain, bf16", loss, certain)
     yield case("plain, near-certain, bf16", Loss(method="opd"), certain)
     plain = Loss(method="opd", hidden=True)  # no gate: rounded logits would move it
     yield case("hidden: plain, bf16", plain, replace(SMALL, dtype="bfloat16"))

@@ -1,7 +1,7 @@
 """The check of `distillation_loss` on one rank: every method, estimator and form of its inputs.
 
-Value and gradient come from the plain reference (`vocab_parallel_reference`: full logits, autograd)
-in float64, and of the objectives that it does not have from `bounds`, as all bounds do.
+The gradient comes from the plain reference (`vocab_parallel_reference`: full logits, autograd) in
+float64; the tokens' values, which it does not tell apart, and all bounds from `bounds`.
 
 Shapes: T tokens, N vocabulary entries in all, V columns held by this rank, D hidden.
 """
@@ -34,12 +34,8 @@ def exact_of(p: Problem) -> Exact:
         exact = sampled(p, weight, lam, additive)
     else:
         exact = full(p, weight, lam, additive)
-    per_logit = p.scale[:, None] / p.loss.temperature
-    gradient = exact.gradient * per_logit * p.inputs.mask[:, None]
-    if p.loss.divergence == "reverse_kl" and p.loss.top_k is None:
-        gradient = reference_gradient(p)
-    bound = exact.gradient_bound * per_logit + bounds.TINY
-    return replace(exact, gradient=gradient, gradient_bound=bound)
+    bound = exact.gradient_bound * p.scale[:, None] / p.loss.temperature + bounds.TINY
+    return replace(exact, gradient=reference_gradient(p), gradient_bound=bound)
 
 
 def reference_gradient(p: Problem) -> Tensor:

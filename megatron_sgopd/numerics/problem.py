@@ -74,10 +74,6 @@ class Problem:
         out: dict[str, Any] = {}
         if loss.chunked:
             out["chunk_tokens"] = chunk_tokens
-        if loss.divergence != "reverse_kl":
-            out |= {"divergence": loss.divergence, "beta": loss.beta}
-        if loss.top_k is not None:
-            out["top_k"] = loss.top_k
         if loss.overwrite:
             out["overwrite_student"] = True
         return out
@@ -106,6 +102,9 @@ def problem_of(case: Case, x: Inputs) -> Problem:
         "mask": x.mask,
         "lambdas": LAMBDAS.get(loss.method, (1.0,)),
         "estimator": loss.estimator,
+        "divergence": loss.divergence,
+        "beta": loss.beta,
+        "top_k": loss.top_k,
         "temperature": loss.temperature,
         "token_scale": x.weights.float() if loss.token_scale else None,
         "candidate_lambda": (lambda a2, i: sgopd.candidate_lambda(a1[i].to(a2), a2))

@@ -13,7 +13,7 @@ from megatron_sgopd.numerics.cases import ALL, cases_of
 from megatron_sgopd.numerics.outcome import Reading, Result, merge, worst
 from megatron_sgopd.numerics.ranks import ranks
 
-NAME_WIDTH = 44
+NAME_WIDTH = 48
 
 
 def run_suite(adapter: Adapter, worlds: Sequence[int]) -> list[Result]:
