@@ -22,9 +22,9 @@ from torch import Tensor
 
 from megatron_sgopd.vocab_parallel.softmax import Softmax
 
-# One buffer of a pass. CPUs: of the size of a core's second-level cache; from 0.5 to 4 MiB the speed
-# is flat (LOG.md). GPUs run few large operations instead.
-BUFFER_BYTES = {"cpu": 2**20, "cuda": 64 * 2**20}
+# One buffer of a pass. CPUs: a little less than a core's second-level cache; from 0.5 to 4 MiB the
+# speed is flat (LOG.md). GPUs run few large operations instead.
+BUFFER_BYTES = {"cpu": 896 * 2**10, "cuda": 64 * 2**20}
 
 Place = slice | Tensor  # where a block's tokens are in a matrix: a range of rows, or their indices
 
