@@ -22,9 +22,9 @@ from torch import Tensor
 
 from megatron_sgopd.vocab_parallel.softmax import Softmax
 
-# All scratch of a pass together. CPUs: about the second-level cache of a core or two; from 1 to 4
-# MiB a buffer the speed is flat (LOG.md). GPUs run few large operations instead.
-SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# One buffer of a pass. CPUs: a little less than a core's second-level cache; from 0.5 to 4 MiB the
+# speed is flat (LOG.md). GPUs run few large operations instead.
+BUFFER_BYTES = {"cpu": 896 * 2**10, "cuda": 64 * 2**20}
 
 Place = slice | Tensor  # where a block's tokens are in a matrix: a range of rows, or their indices
 
@@ -90,9 +90,10 @@ class Scratch:
     def __init__(
         self, num_buffers: int, width: int, dtype: torch.dtype, device: torch.device, limit: int
     ) -> None:
-        budget = SCRATCH_BYTES["cuda" if device.type == "cuda" else "cpu"]
+        """`limit`: rows that there are; no block is longer."""
+        budget = BUFFER_BYTES["cuda" if device.type == "cuda" else "cpu"]
         row_bytes = max(1, width) * dtype.itemsize
-        self.num_rows = max(1, min(budget // (num_buffers * row_bytes), max(1, limit)))
+        self.num_rows = max(1, min(budget // row_bytes, max(1, limit)))
         self._buffers = [
             torch.empty(self.num_rows, width, dtype=dtype, device=device)
             for _ in range(num_buffers)
