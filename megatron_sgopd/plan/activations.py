@@ -17,7 +17,7 @@ from megatron_sgopd.plan.architecture import Architecture, ModelLayout
 # vocab_parallel (projection.py, blocks.py), which imports torch.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
 SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-LEAST_TOKENS = 256
+LEAST_TOKENS, GEMM_ROWS = 256, 128
 HEAD_ROWS = 8192
 
 
@@ -193,7 +193,10 @@ class LossChunks:
     def tokens(self) -> int:
         """Of a chunk, if there are as many."""
         each = 4 * self.rows * self.models * self.sets
-        return self.chunk_tokens or max(LEAST_TOKENS, CHUNK_BYTES[self.device] // each)
+        size = max(LEAST_TOKENS, CHUNK_BYTES[self.device] // each)
+        return self.chunk_tokens or (
+            size if self.device == "cpu" else size // GEMM_ROWS * GEMM_ROWS
+        )
 
     def logits_bytes(self, tokens: int, b: int) -> int:
         """Of the fp32 buffers and the scratch; `b`: of an element of the models' type.
