@@ -296,9 +296,11 @@ class _Estimate:
         items = self._handed_over(stage) | {"batches": self._batches(), "activations": saved}
         if not last:
             return items | {"working": work}
-        items["activations"] += end_bytes(self.student, layout, self.shape, self.kind)
+        end = end_bytes(self.student, layout, self.shape, self.kind)
+        items["activations"] += end
         logits = self._logits_workspace()
-        return items | {"logits": logits, "working": max(0, work - logits)}
+        # By the time a layer passes gradients on, the loss and what the end kept are gone.
+        return items | {"logits": logits, "working": max(0, work - logits - end)}
 
     def _logits_workspace(self) -> int:
         """What the loss takes: a chunk's logits, what making them and their gradient takes, and
