@@ -1,4 +1,4 @@
-"""A rollout engine in the trainer's ranks: transformers decoding on weights from the one stream.
+"""A rollout engine in the trainer's ranks: decodes on weights from the one stream.
 
 The laptop's default. The ranks of a replica share the requests, each decodes its part, and the
 replica's first rank gets all completions. A request's answer depends on its seed and the weights
@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.cache_utils import DynamicCache
 
+from megatron_sgopd.decoder import Decoder, make_decoder
+from megatron_sgopd.sampling import TokenSampler
 from megatron_sgopd.types import Completion, Request
 
 COMPACT_BELOW = 0.75  # share of unfinished sequences below which the finished leave the batch
@@ -44,26 +44,15 @@ class EmbeddedEngine:
         shared_vocab_size: int | None = None,  # ids from here on are never sampled; None: all are
     ) -> None:
         self.policy_version, self.answered = -1, 0  # no weights yet, and nothing to keep
-        self._group, self._device, self._max_batch_size = group, device, max_batch_size
+        self._group, self._max_batch_size = group, max_batch_size
+        self._device, self._dtype = device, dtype
         self._max_positions = hf_config.max_position_embeddings
         self._full = FULL_ON_CPU if device.type == "cpu" else max_batch_size
         self._vocab_size = hf_config.vocab_size
         self._shared_vocab_size = shared_vocab_size or hf_config.vocab_size
-        # The type goes in here, not through .to(dtype): that would round the rotary frequencies
-        # too, and far positions would be wrong.
-        self._model: Any = (
-            AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
-            .to(device=device)
-            .eval()
-            .requires_grad_(False)
-        )
-        self._parameters: dict[str, Tensor] = dict(self._model.named_parameters())
+        self._decoder: Decoder | None = make_decoder(hf_config, device, dtype)
         # A tied head is no weight of its own, but some writers store it a second time.
-        self._tied: dict[str, Tensor] = {
-            name: parameter
-            for name, parameter in self._model.named_parameters(remove_duplicate=False)
-            if name not in self._parameters
-        }
+        self._parameters, self._tied = self._decoder.parameters, self._decoder.tied
 
     @torch.no_grad()
     def push_weights(
@@ -158,7 +147,7 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         """Frees the model; the engine cannot be used after it."""
-        self._model, self._parameters = None, {}
+        self._decoder, self._parameters, self._tied = None, {}, {}
 
     def _batches(self, indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         """Cuts indices, sorted by prompt length, into batches.
@@ -195,29 +184,33 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def _decode(self, requests: Sequence[Request]) -> list[Completion]:
-        """Decodes prompts together, left-padded to the longest."""
+        """Decodes prompts together, left-padded; the copies of a prompt share its pass."""
         if all(r.max_new_tokens == 0 for r in requests):
             return [Completion((), (), "length", self.policy_version, r.seed) for r in requests]
-        sampler = _Sampler(requests, self._device)
-        batch = _Batch(requests, self._device)
-        cache = DynamicCache(config=self._model.config)
+        assert self._decoder is not None, "not closed"
+        sampler = TokenSampler(requests, self._device)
+        places = {p: i for i, p in enumerate(dict.fromkeys(r.prompt_token_ids for r in requests))}
+        steps = max(r.max_new_tokens for r in requests)
+        batch = _Batch(list(places), steps, self._device, self._dtype)
+        cache = self._decoder.new_cache()
+        copies = None
+        if len(places) < len(requests):
+            copies = torch.tensor([places[r.prompt_token_ids] for r in requests]).to(self._device)
         while True:
-            logits = self._model(
-                input_ids=batch.current,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            tokens = sampler.step(logits[:, : self._shared_vocab_size], batch.rows)
-            alive = ~sampler.finished[batch.rows]
-            left = int(alive.sum())
+            logits = self._decoder.logits(batch.current, batch.positions, batch.mask, cache)
+            logits = logits[:, : self._shared_vocab_size]
+            if copies is not None:
+                logits = logits[copies]
+                cache.batch_select_indices(copies)
+                batch.select(copies)
+                copies = None
+            tokens = sampler.step(logits)
+            left = sampler.num_open()
             if left == 0:
                 return sampler.completions(self.policy_version)
             batch.append(tokens)
             if left < COMPACT_BELOW * len(tokens):
-                keep = alive.nonzero()[:, 0]
+                keep = sampler.compact()
                 cache.batch_select_indices(keep)
                 batch.select(keep)
 
@@ -225,28 +218,30 @@ class EmbeddedEngine:
 class _Batch:
     """The model's inputs, step by step; every row ends in the same column."""
 
-    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
-        prompts = [r.prompt_token_ids for r in requests]
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         longest = max(map(len, prompts))
         padding = torch.tensor([longest - len(p) for p in prompts])[:, None]
         columns = torch.arange(longest)
         padded = [[0] * (longest - len(p)) + list(p) for p in prompts]
-        self.rows = torch.arange(len(requests), device=device)  # which request each row is, [B]
         self.current = torch.tensor(padded, device=device)  # [B, L], then [B, 1]
         self.positions = (columns - padding).clamp(min=0).to(device)  # as current
-        # True where a query may look, [B, 1, queries, keys]; None: the model's own causal mask,
-        # all that prompts of one length need. Written out here, the model need not build it anew
-        # in each step.
+        # Added to the scores, 0 where a query may look and -inf elsewhere, [B, 1, queries, keys];
+        # None: the model's own causal mask, all that prompts of one length need.
         self.mask: Tensor | None = None
         if padding.any():
-            steps = max(r.max_new_tokens for r in requests)
             keys = torch.arange(longest + steps) >= padding
-            self.keys = keys.to(device)[:, None, None]  # [B, 1, 1, keys]: no padding
+            self._keys = _bias(keys, dtype).to(device)[:, None, None]  # [B, 1, 1, keys]
             causal = columns[None] <= columns[:, None]
             # A padding query looks at itself: some attention kernels give NaN without any key.
             own = columns[None] == columns[:, None]
             mask = causal & keys[:, None, None, :longest] | own
-            self.mask = mask.to(device)
+            self.mask = _bias(mask, dtype).to(device)
         self._width = longest
 
     def append(self, tokens: Tensor) -> None:
@@ -255,109 +250,15 @@ class _Batch:
         self.current = tokens[:, None]
         self.positions = self.positions[:, -1:] + 1
         if self.mask is not None:
-            self.mask = self.keys[..., : self._width]
+            self.mask = self._keys[..., : self._width]
 
-    def select(self, keep: Tensor) -> None:
-        """Keeps these rows; after `append`."""
-        self.rows, self.current = self.rows[keep], self.current[keep]
-        self.positions = self.positions[keep]
+    def select(self, rows: Tensor) -> None:
+        """Its rows become these."""
+        self.current, self.positions = self.current[rows], self.positions[rows]
         if self.mask is not None:
-            self.keys = self.keys[keep]
-            self.mask = self.keys[..., : self._width]
+            self._keys = self._keys[rows]
+            self.mask = self._keys[..., : self._width]
 
 
-class _Sampler:
-    """Draws each request's tokens from its own uniforms and keeps what was drawn."""
-
-    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
-        self.requests = requests
-        self.limit = torch.tensor([r.max_new_tokens for r in requests], device=device)
-        temperatures = torch.tensor([r.temperature for r in requests], device=device)
-        self.greedy = temperatures == 0
-        self.divisor = torch.where(self.greedy, torch.ones_like(temperatures), temperatures)
-        # A request's own generator, on the CPU: the same numbers in any batch, on any device.
-        uniforms = [
-            torch.rand(
-                r.max_new_tokens,
-                generator=torch.Generator().manual_seed(r.seed),
-                dtype=torch.float64,
-            )
-            for r in requests
-        ]
-        padded = torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True)
-        self.uniforms = padded.to(device)
-        stops = max(len(r.stop_token_ids) for r in requests)
-        self.stops = torch.tensor(
-            [[*r.stop_token_ids, *[-1] * (stops - len(r.stop_token_ids))] for r in requests],
-            device=device,
-            dtype=torch.long,
-        ).view(len(requests), stops)
-        self.top_p = torch.tensor([r.top_p for r in requests], device=device)
-        self.top_k = torch.tensor([r.top_k or 2**31 for r in requests], device=device)
-        self.min_p = torch.tensor([r.min_p for r in requests], device=device)
-        self.truncates = any(r.top_p < 1 or r.top_k or r.min_p for r in requests)
-        self.finished = self.limit == 0
-        self.stopped = torch.zeros_like(self.finished)
-        self.tokens: list[Tensor] = []  # one column a step: [requests], -1 where finished
-        self.logprobs: list[Tensor] = []
-
-    def step(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """The next token of each row, [B]; rows whose request is finished get any token."""
-        scaled = logits.float() / self.divisor[rows, None]
-        logprobs = scaled.log_softmax(-1)
-        if self.truncates:
-            logprobs = self.truncated(logprobs, rows)
-        # Inverse CDF in float64: the count of entries the uniform has passed. Clamped, since the
-        # last entry of a rounded CDF may stay below 1.
-        cdf = logprobs.double().exp().cumsum(-1)
-        drawn_at = len(self.tokens)
-        uniform = self.uniforms[rows, drawn_at]
-        sampled = (cdf <= (uniform * cdf[:, -1])[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
-        token = torch.where(self.greedy[rows], logits.argmax(-1), sampled)
-        open_ = ~self.finished[rows]
-        column = torch.full_like(self.limit, -1)
-        column[rows] = torch.where(open_, token, -1)
-        value = torch.zeros(len(self.requests), device=logits.device)
-        value[rows] = logprobs.gather(-1, token[:, None])[:, 0]
-        self.tokens.append(column)
-        self.logprobs.append(value)
-        stop = (self.stops[rows] == token[:, None]).any(-1) & open_
-        self.stopped[rows] |= stop
-        self.finished[rows] |= stop | (drawn_at + 1 >= self.limit[rows])
-        return token
-
-    def truncated(self, logprobs: Tensor, rows: Tensor) -> Tensor:
-        """Log-probs [B, V] over what min_p, top_k and top_p keep, in this order, as vLLM does."""
-        least = logprobs.amax(-1, keepdim=True) + self.min_p[rows, None].log()
-        ranked, order = logprobs.masked_fill(logprobs < least, -torch.inf).sort(
-            dim=-1, descending=True, stable=True
-        )
-        places = torch.arange(ranked.shape[-1], device=ranked.device)
-        ranked = ranked.masked_fill(places >= self.top_k[rows, None], -torch.inf)
-        shares = ranked.double().softmax(-1)
-        # An entry stays while those before it hold less than top_p: the first always does.
-        before = shares.cumsum(-1) - shares
-        dropped = (before >= self.top_p[rows, None].double()) & (places > 0)
-        dropped &= self.top_p[rows, None] < 1
-        ranked = ranked.masked_fill(dropped, -torch.inf).log_softmax(-1)
-        return torch.empty_like(logprobs).scatter_(-1, order, ranked)
-
-    def completions(self, policy_version: int) -> list[Completion]:
-        tokens = torch.stack(self.tokens, 1).tolist()
-        logprobs = torch.stack(self.logprobs, 1).tolist()
-        stopped = self.stopped.tolist()
-        out = []
-        for request, ids, values, stop in zip(
-            self.requests, tokens, logprobs, stopped, strict=True
-        ):
-            count = sum(t >= 0 for t in ids)  # -1 only ever follows the last token
-            out.append(
-                Completion(
-                    token_ids=tuple(ids[:count]),
-                    logprobs=tuple(values[:count]),
-                    finish_reason="stop" if stop else "length",
-                    policy_version=policy_version,
-                    seed=request.seed,
-                )
-            )
-        return out
+def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)

@@ -86,6 +86,18 @@ class Objective:
         """The method's coefficient function, its options checked once."""
         return sgopd.coefficients(self.method, **vars(self.options))
 
+    def for_statistics(self) -> Objective:
+        """The same scoring with coefficients that decide nothing, for passes without gradient."""
+        return replace(
+            self,
+            method="opd",
+            options=sgopd.MethodOptions(),
+            lambdas=(1.0,),
+            candidate_gate=False,
+            divergence="reverse_kl",
+            top_k=None,
+        )
+
     @property
     def is_gated(self) -> bool:
         """Whether coefficients depend on the sign of T - S, so that ties must be known."""
@@ -93,7 +105,7 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.method in sgopd.NEEDS_TEACHER
+        return sgopd.METHODS[self.method].needs_teacher
 
     @property
     def needs_reference(self) -> bool:

@@ -236,13 +236,12 @@ def _pad(
     align_sequence: int,
 ) -> MicroBatch:
     """One row a rollout; a micro-batch of none is a row of padding."""
-    rows = [_sequence(r, s, mask_truncated) for r, s in zip(rollouts, scales, strict=True)]
-    width = max([1, *(len(row["input_ids"]) for row in rows)])
+    width = max([1, *(num_tokens(r) - 1 for r in rollouts)])
     width = _round_up(width, align * align_sequence)
-    padded = [_padded(row, width, i) for i, row in enumerate(rows)]
-    padded = padded or [_padded(_sequence(None), width)]
-    stacked: dict[str, Any] = {n: torch.stack([p[n] for p in padded]) for n in padded[0]}
-    return MicroBatch(**stacked)
+    rows = max(1, len(rollouts))
+    flat = _one_after_the_other(rollouts, scales, mask_truncated, [width] * rows)
+    whole: dict[str, Any] = {n: x.view(rows, width) for n, x in flat.items()}
+    return MicroBatch(**whole)
 
 
 def _pack(
@@ -253,59 +252,71 @@ def _pack(
     align_sequence: int,
 ) -> MicroBatch:
     """All rollouts in one row; what fills it up to `align` is a sequence of its own."""
-    pieces: list[dict[str, Any]] = []
-    for rollout, scale in zip(rollouts, scales, strict=True):
-        sequence = _sequence(rollout, scale, mask_truncated)
-        if length := _round_up(len(sequence["input_ids"]), align_sequence):
-            pieces.append(_padded(sequence, length, len(pieces)))
-    total = sum(len(p["input_ids"]) for p in pieces)
-    if fill := _round_up(max(1, total), align * align_sequence) - total:
-        pieces.append(_padded(_sequence(None), fill, len(pieces)))
-    ends = accumulate(len(p["input_ids"]) for p in pieces)
-    whole: dict[str, Any] = {n: torch.cat([p[n] for p in pieces])[None] for n in pieces[0]}
-    return MicroBatch(**whole, cu_seqlens=(0, *ends))
+    inputs = [(r, s, num_tokens(r) - 1) for r, s in zip(rollouts, scales, strict=True)]
+    inputs = [(r, s, n) for r, s, n in inputs if n > 0]
+    widths = [_round_up(n, align_sequence) for _, _, n in inputs]
+    if fill := _round_up(max(1, sum(widths)), align * align_sequence) - sum(widths):
+        widths.append(fill)
+    flat = _one_after_the_other(
+        [r for r, _, _ in inputs], [s for _, s, _ in inputs], mask_truncated, widths
+    )
+    whole: dict[str, Any] = {n: x[None] for n, x in flat.items()}
+    return MicroBatch(**whole, cu_seqlens=(0, *accumulate(widths)))
 
 
-def _sequence(
-    rollout: Rollout | None, scale: float = 0.0, mask_truncated: bool = False
-) -> dict[str, Any]:
-    """A rollout's tensors [L], inputs and targets shifted by one; None has no token."""
-    prompt = rollout.prompt.token_ids if rollout else ()
-    completion = rollout.completion.token_ids if rollout else ()
-    ids = torch.tensor((*prompt, *completion), dtype=torch.long)
-    length = max(0, len(ids) - 1)
-    start = len(prompt) - 1
-    mask = torch.zeros(length, dtype=torch.bool)
-    logprobs = torch.zeros(length)
-    if rollout is not None and completion:
-        logprobs[start:] = torch.tensor(rollout.completion.logprobs)
-        mask[start:] = num_loss_tokens(rollout, mask_truncated) > 0
+def _one_after_the_other(
+    rollouts: Sequence[Rollout],
+    scales: Sequence[float],
+    mask_truncated: bool,
+    widths: Sequence[int],
+) -> dict[str, Tensor]:
+    """A micro-batch's tensors [sum of widths], inputs and targets shifted by one.
 
-    def everywhere(value: float | bool, dtype: torch.dtype) -> Tensor:
-        return torch.full((length,), value, dtype=dtype)
+    Each sequence is right-padded to its width with zeros, except that positions go on counting; a
+    width beyond the rollouts is all padding.
+    """
+    inputs: list[int] = []
+    targets: list[int] = []
+    logprobs: list[float] = []
+    lengths, starts = [], []  # of a sequence, and where its loss begins
+    for rollout, width in zip(rollouts, widths[: len(rollouts)], strict=True):
+        prompt, completion = rollout.prompt.token_ids, rollout.completion
+        ids = (*prompt, *completion.token_ids)
+        length = max(0, len(ids) - 1)
+        prefix, zeros = length - len(completion.token_ids), (0,) * (width - length)
+        inputs += (*ids[:length], *zeros)
+        targets += (*ids[1:], *zeros)
+        logprobs += (*(0.0,) * prefix, *completion.logprobs, *zeros)
+        lengths.append(length)
+        starts.append(prefix if num_loss_tokens(rollout, mask_truncated) else length)
+    total, repeats = sum(widths), torch.tensor(widths)
 
+    def flat(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor([*values, *(0,) * (total - len(values))], dtype=dtype)
+
+    def each(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """A sequence's value at all of its positions."""
+        padded = [*values, *(0,) * (len(widths) - len(values))]
+        return torch.tensor(padded, dtype=dtype).repeat_interleave(repeats)
+
+    begins = [0, *accumulate(widths)][:-1]
+    positions = torch.arange(total) - each(begins, torch.long)
+    padding = positions >= each(lengths, torch.long)
+    mask = ~padding & (positions >= each(starts, torch.long))
+    advantages = [r.verifier_advantage for r in rollouts]
+    imitated = [r.source != "student" for r in rollouts]
     return {
-        "input_ids": ids[:length],
-        "position_ids": torch.arange(length),
-        "targets": ids[1:],
+        "input_ids": flat(inputs, torch.long),
+        "position_ids": positions,
+        "targets": flat(targets, torch.long),
         "loss_mask": mask,
-        "token_scale": mask * scale,
-        "verifier_advantage": everywhere(
-            rollout.verifier_advantage if rollout else 0.0, torch.float32
-        ),
-        "is_correct": everywhere(rollout is not None and rollout.is_correct, torch.bool),
-        "is_imitated": everywhere(rollout is not None and rollout.source != "student", torch.bool),
-        "sampled_logprobs": logprobs,
-        "sequence_ids": torch.zeros(length, dtype=torch.long),
+        "token_scale": each(scales, torch.float32).masked_fill_(~mask, 0.0),
+        "verifier_advantage": each(advantages, torch.float32).masked_fill_(padding, 0.0),
+        "is_correct": each([r.is_correct for r in rollouts], torch.bool) & ~padding,
+        "is_imitated": each(imitated, torch.bool) & ~padding,
+        "sampled_logprobs": flat(logprobs, torch.float32),
+        "sequence_ids": each(range(len(widths)), torch.long),
     }
-
-
-def _padded(sequence: dict[str, Any], length: int, number: int = 0) -> dict[str, Any]:
-    """Right-padded with zeros, except that positions go on counting; `number` is its id."""
-    fill = length - len(sequence["input_ids"])
-    padded = {n: torch.nn.functional.pad(x, (0, fill)) for n, x in sequence.items()}
-    ids = torch.full((length,), number, dtype=torch.long)
-    return padded | {"position_ids": torch.arange(length), "sequence_ids": ids}
 
 
 def _round_up(value: int, multiple: int) -> int:

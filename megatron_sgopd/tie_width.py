@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sgopd import sgopd
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.frozen import Frozen
 from megatron_sgopd.hf_weights import iter_hf_weights, load_stream
@@ -38,15 +37,7 @@ def measure_tie_width(
 
     The teacher's side goes through the real frozen path, in the teacher's layout.
     """
-    objective = replace(  # the gate reads log-probs, which need no reference and no lambda
-        Objective.of(config, eps=0.0),
-        method="opd",
-        options=sgopd.MethodOptions(),
-        lambdas=(1.0,),
-        candidate_gate=False,
-        divergence="reverse_kl",
-        top_k=None,
-    )
+    objective = Objective.of(config, eps=0.0).for_statistics()
     mirror = Frozen(_in_layout_of(teacher, student.model, config), student.groups)
     sample = enough_tokens(rollouts, config, student.model.shared_vocab_size)
     work = prepare(mirror, None, sample, objective, config, student.groups).work

@@ -191,7 +191,7 @@ def batch_sums(student: Student, work: Sequence[Work], objective: Objective) -> 
     def observe(part: MicroBatch, result: LossResult) -> Tensor:
         return summarize(result.statistics, outcome_of(part))
 
-    seen = run_schedule(student, work, objective, observe, forward_only=True)
+    seen = run_schedule(student, work, objective.for_statistics(), observe, forward_only=True)
     if not seen:
         return None
     total = torch.stack(seen).sum(0)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig
 
-from megatron_sgopd import embedded_engine
+from megatron_sgopd import decoder, embedded_engine
 from megatron_sgopd.embedded_engine import EmbeddedEngine
 from megatron_sgopd.hf_files import iter_safetensors, read_hf_config
+from megatron_sgopd.sampling import TokenSampler
 from megatron_sgopd.types import Completion, Request
 from tests import model_cases
 from tests.model_cases import make_engine
@@ -25,6 +26,8 @@ from tests.tiny import make_hf_dir
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {"vocab": 37, "tied": False},
     "tied": {"vocab": 53, "tied": True, "layers": 1, "kv": 1},
+    "qwen2": {"vocab": 41, "family": "qwen2", "kv": 4},
+    "llama": {"vocab": 43, "family": "llama"},
 }
 LOGPROB_TOLERANCE = 1e-5
 
@@ -186,6 +189,45 @@ def test_compaction_does_not_change_answers(
     expected = [engines["untied"].generate([r])[0] for r in requests]
     monkeypatch.setattr(embedded_engine, "COMPACT_BELOW", share)
     assert_same(engines["untied"].generate(requests), expected)
+
+
+def test_copies_of_a_prompt_share_its_pass(engines: dict[str, EmbeddedEngine]) -> None:
+    requests = [
+        replace(r, prompt_token_ids=MIXED[i % 5].prompt_token_ids) for i, r in enumerate(MIXED)
+    ]
+    together = engines["untied"].generate(requests)
+    assert_same(together, [engines["untied"].generate([r])[0] for r in requests])
+    assert len({c.token_ids for c in together}) > 5  # seeds differ
+
+
+def test_a_cache_grows(engines: dict[str, EmbeddedEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = engines["untied"].generate(MIXED)
+    monkeypatch.setattr(decoder, "ROOM", 2)
+    assert_same(engines["untied"].generate(MIXED), expected)
+
+
+def test_other_architectures_are_decoded_by_transformers(tmp_path: Path) -> None:
+    """An evaluation takes any model; this one is not among the families that are trained."""
+    config = PhiConfig(
+        vocab_size=37,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    engine = make_engine(str(tmp_path))
+    assert isinstance(engine._decoder, decoder.TransformersDecoder)
+    requests = [replace(r, temperature=0.0) for r in (*MIXED, *MIXED[:7])]
+    for request, completion in zip(requests, engine.generate(requests), strict=True):
+        if completion.token_ids:
+            predicted = teacher_forced(model, request, completion.token_ids).argmax(-1)
+            assert predicted.tolist() == list(completion.token_ids)
 
 
 def test_padding_is_never_seen(
@@ -387,9 +429,9 @@ def test_weights_are_cast_to_the_engines_type(paths: dict[str, Path]) -> None:
     assert all(-20 < x < 0 for x in completion.logprobs)
     # The rotary frequencies are no weights: rounded, they would turn far positions by radians.
     model = AutoModelForCausalLM.from_pretrained(paths["untied"], dtype=torch.bfloat16).model
-    mine = engine._model.model
-    assert torch.equal(mine.rotary_emb.inv_freq, model.rotary_emb.inv_freq)
-    assert mine.norm.weight.dtype == torch.bfloat16
+    mine = engine._decoder
+    assert torch.equal(mine._inverse_frequencies, model.rotary_emb.inv_freq)
+    assert {p.dtype for p in mine.parameters.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -410,8 +452,8 @@ def test_truncated_sampling_keeps_what_it_should(cut: dict[str, Any], kept: list
         Request((1,), seed=i, max_new_tokens=1, **(cut if i % 2 else {"top_k": 1}))
         for i in range(400)
     ]
-    sampler = embedded_engine._Sampler(requests, torch.device("cpu"))
-    tokens = sampler.step(shares.log().repeat(400, 1), torch.arange(400))
+    sampler = TokenSampler(requests, torch.device("cpu"))
+    tokens = sampler.step(shares.log().repeat(400, 1))
     assert set(tokens[::2].tolist()) == {1}, "a request's own settings"
     ids = tokens[1::2]
     assert set(ids.tolist()) == {shares.tolist().index(pytest.approx(k)) for k in kept}

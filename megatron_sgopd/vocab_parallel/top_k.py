@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sgopd.vocab_parallel.blocks import Chunk, destination, load, store
-from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective
+from megatron_sgopd.vocab_parallel.blocks import Chunk, destination, load
+from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective, nonzero, part
 from megatron_sgopd.vocab_parallel.softmax import Columns, Merged, Softmax
 
 REVERSE, FORWARD = 1.0, 0.0  # values of beta that are special cases
@@ -156,6 +156,7 @@ class TopK(Objective):
     ) -> None:
         dtype, tau = self.shard.dtype, self.temperature
         weight, additive = c.per_logit(tau)
+        imitated = nonzero(additive)
         p, slope = self.outcomes.student.exp(), self._value_and_slope()[1]
         slope = slope - (p * slope).sum(-1, keepdim=True)
         log_total = found.student.softmax.maximum / tau
@@ -177,8 +178,7 @@ class TopK(Objective):
             x.sub_(shift[block]).exp_().mul_(of_tail[block])
             out = destination(chunk.student, rows, x)
             out.copy_(x.scatter_add_(-1, columns[block], at_best[block]))
-            store(chunk.student, rows, out)
-        self.imitate(chunk, additive)
+            self.finish(chunk, block, out, part(imitated, block))
 
 
 def _best(t: Tensor, k: int) -> tuple[Tensor, Tensor]:
