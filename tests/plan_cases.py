@@ -53,7 +53,7 @@ class PlanCase:
     dtype: str = "bfloat16"
     new_tokens: int = 88
     num_prompts: int = 2
-    chunk_tokens: int = 32
+    chunk_tokens: int | None = 32  # several chunks a micro-batch
     offload_optimizer: bool = False
 
     def config(self) -> Config:

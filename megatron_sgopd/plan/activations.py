@@ -151,7 +151,7 @@ def chunk_bytes(
 
 
 def end_bytes(model: Architecture, layout: ModelLayout, shape: Shape, kind: Arithmetic) -> int:
-    """Kept of final norm and output layer, their logits aside."""
+    """Kept of the final norm, and its output, which the loss projects."""
     rows = shape.tokens(layout) // layout.sequence_shards
     return _norm_bytes(rows * model.hidden, rows, kind) + rows * model.hidden * kind.element_bytes
 
@@ -198,18 +198,41 @@ class LossChunks:
             size if self.device == "cpu" else size // GEMM_ROWS * GEMM_ROWS
         )
 
-    def logits_bytes(self, tokens: int, b: int) -> int:
-        """Of the fp32 buffers and the scratch; `b`: of an element of the models' type.
+    def scoring_bytes(self, tokens: int, hidden: int, b: int) -> int:
+        """While log-probs of `tokens` are made; `b`: bytes of an element of the model."""
+        scratch = self._scratch_bytes(tokens)
+        return self._logits_bytes(tokens) + max(self._projecting(tokens, hidden, b), scratch)
 
-        The head's products in its own type lie beside them where that is not fp32.
+    def training_bytes(self, tokens: int, hidden: int, b: int) -> int:
+        """While the loss and its gradient are made, the gradient of all hidden states aside."""
+        ending = self._scratch_bytes(tokens) + self._gradient_bytes(tokens, hidden, b)
+        return self._logits_bytes(tokens) + max(self._projecting(tokens, hidden, b), ending)
+
+    def _logits_bytes(self, tokens: int) -> int:
+        return 4 * min(tokens, self.tokens) * self.rows * self.models * self.sets
+
+    def _scratch_bytes(self, tokens: int) -> int:
+        """Of a block's passes, made with the first chunk: a buffer a model and one for products."""
+        return min(SCRATCH_BYTES[self.device], 4 * tokens * self.rows * (1 + self.models))
+
+    def _projecting(self, tokens: int, hidden: int, b: int) -> int:
+        """A chunk's states and, of the chunks after the first, the scratch.
+
+        GPUs give the products in fp32. CPUs give them in the model's type, and the student's a
+        second time as a correction, which is added in fp32.
         """
         n = min(tokens, self.tokens)
-        fp32 = 4 * n * self.rows * self.models * self.sets
-        scratch = min(SCRATCH_BYTES[self.device], 4 * n * self.rows * (1 + self.models))
-        return fp32 + scratch + (0 if b == 4 else n * self.rows * b)
+        converted = 0 if b == 4 or self.device == "cuda" else n * self.rows * (2 * b + 4)
+        later = self._scratch_bytes(tokens) if tokens > n else 0
+        return n * hidden * b + converted + later
 
-    def gradient_bytes(self, tokens: int, hidden: int, b: int) -> int:
-        """The student's: of all hidden states, a chunk's states, and rows of the head."""
+    def _gradient_bytes(self, tokens: int, hidden: int, b: int) -> int:
+        """A chunk's gradient on its way to its states and to some rows of the head.
+
+        The head's product is in fp32; CPUs make it in the model's type first.
+        """
         n = min(tokens, self.tokens)
-        head = 0 if b == 4 else min(self.rows, HEAD_ROWS) * hidden * b
-        return (tokens + 2 * n) * hidden * b + head
+        if b == 4:  # nothing to convert, and the product is added in place
+            return 2 * n * hidden * b
+        product = 4 if self.device == "cuda" else 4 + b
+        return n * (self.rows + 2 * hidden) * b + min(self.rows, HEAD_ROWS) * hidden * product
