@@ -19,7 +19,7 @@ from tests.test_plan import LARGE, plan_of
 def test_what_the_loss_takes_on_a_gpu_worked_by_hand() -> None:
     """Qwen3-8B, TP 4: two chunks of fp32 logits at hand, of 38,016 vocabulary rows."""
     plan = plan_of(*LARGE, "parallel.tensor_model_parallel_size=4", cluster=Cluster(8, 8))
-    n = 640 * 2**20 // (2 * 4 * 38_016)
+    n = 640 * 2**20 // (2 * 4 * 38_016) // 128 * 128
     chunks = 2 * 4 * n * 38_016 + 256 * 2**20  # and scratch
     gradient = 2 * n * 38_016 + 2 * 2 * n * 4096 + 4 * 8192 * 4096  # logits, states, head
     states = 2 * 2 * 18432 * 4096  # gathered over sequence shards, and their gradient
@@ -76,7 +76,9 @@ def test_products_with_heads_worked_by_hand(
 # -- one question, two places ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["CHUNK_BYTES", "LEAST_TOKENS", "HEAD_ROWS", "SCRATCH_BYTES"])
+@pytest.mark.parametrize(
+    "name", ["CHUNK_BYTES", "LEAST_TOKENS", "GEMM_ROWS", "HEAD_ROWS", "SCRATCH_BYTES"]
+)
 def test_the_sizes_of_chunks_are_those_of_the_loss(name: str) -> None:
     """Written twice, since what answers before a GPU is asked for does not import torch."""
     owner = blocks if name == "SCRATCH_BYTES" else projection
