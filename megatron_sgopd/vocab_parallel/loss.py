@@ -289,7 +289,8 @@ def _from_logits(task: _Task, models: dict[str, Any], overwrite: bool) -> LossRe
         }
         kept = write and working.dtype == shard.dtype and isinstance(objective, Sampled)
         whole = replace(_whole(shard, valid), student_is_scratch=kept)
-        if task.sliceable and shard.size == 1 and objective.one_pass and write and len(whole):
+        one_pass = objective.one_pass and objective.kernels(whole) is None  # kernels take all rows
+        if task.sliceable and shard.size == 1 and one_pass and write and len(whole):
             piece = _one_pass(task, whole)
         else:
             local = objective.statistics(whole)
