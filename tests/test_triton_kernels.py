@@ -72,6 +72,17 @@ def test_a_narrower_gradient_goes_into_the_memory_of_the_logits(interpreted: Any
     assert interpreted["narrow"] < GRADIENT["bfloat16"]
 
 
+@pytest.mark.parametrize("in_main_grad", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 5e-7), ("bfloat16", 1.5e-2)])
+def test_gradients_of_hidden_states(
+    interpreted: Any, dtype: str, bound: float, in_main_grad: bool
+) -> None:
+    errors = interpreted["hidden"][f"{dtype}, {in_main_grad}"]
+    assert errors["triton"] < bound
+    # Its gradient is rounded once more on the way to bf16, and by the interpreter towards 0.
+    assert errors["triton"] < 1.5 * errors["torch"] + 5e-7
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_give_the_whole_rows_gradient(interpreted: Any, kind: str) -> None:
     errors = interpreted["halves"][kind]

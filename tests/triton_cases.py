@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +240,10 @@ def coefficients_of(objective: Objective) -> Coefficients:
     return Coefficients(one, lam, last, 0.2 * one, one)
 
 
-def gradient_of(rows: tuple[Tensor, ...], shard: Shard, place: Any, narrow: bool = False) -> Tensor:
-    """The gradient over a student's matrix; `narrow`: as bf16 in its own memory."""
+def gradient_of(
+    rows: tuple[Tensor, ...], shard: Shard, place: Any, narrows: bool = False
+) -> Tensor:
+    """The gradient over a student's matrix; `narrows`: as bf16 in its own memory."""
     student = rows[0].clone() if rows[0].is_contiguous() else rows[0]
     objective = make("reverse", shard, "triton")
     chunk = chunk_of((student, *rows[1:]), shard, place)
@@ -249,18 +251,12 @@ def gradient_of(rows: tuple[Tensor, ...], shard: Shard, place: Any, narrow: bool
     found = objective.merge(chunk, objective.columns(local.storage[None].double()))
     c = coefficients_of(objective)
     divergence = objective.divergence(chunk, local, found, c)
-    assert isinstance(objective, ReverseKL)
-    if not narrow:
+    if not narrows:
         objective.gradient(chunk, local, found, c, divergence)
         return student
-    out = student.view(torch.bfloat16)[:, : student.shape[1]]
-    kernels = objective.kernels(chunk)
-    assert kernels is not None
-    k = objective.constants(found, c, divergence)
-    assert k.less is not None
-    factors = kernels.Factors(k.bias[:, 0], k.additive, k.slope[:, 0], -k.less[:, 0])
-    kernels.gradient(objective, chunk, local, factors, out)
-    return out.float()
+    narrow = student.view(torch.bfloat16)[:, : student.shape[1]]
+    objective.gradient(replace(chunk, narrow=narrow), local, found, c, divergence)
+    return narrow.float()
 
 
 def measure_narrow() -> float:
@@ -268,7 +264,49 @@ def measure_narrow() -> float:
     rows = draw(2, 1501)
     shard = shard_of(torch.tensor([3, 1500]), 1501)
     wide = gradient_of(rows, shard, slice(0, 2))
-    return relative(gradient_of(rows, shard, slice(0, 2), narrow=True), wide.double())
+    return relative(gradient_of(rows, shard, slice(0, 2), narrows=True), wide.double())
+
+
+def measure_hidden(dtype: torch.dtype, in_main_grad: bool) -> dict[str, float]:
+    """Gradients from hidden states and heads, of Triton's and of the plain back end's chunks."""
+    g, tokens, width = torch.Generator().manual_seed(0), 9, 300
+    numbers = [torch.randn(tokens, 16, generator=g)]
+    numbers += [torch.randn(width + 4, 16, generator=g) * 0.5 for _ in range(3)]
+
+    def run(backend: str, working: torch.dtype) -> tuple[Tensor, Tensor]:
+        hidden, *heads = (x.to(dtype).to(working).clone() for x in numbers)
+        hidden.requires_grad_()
+        heads[0].requires_grad_()
+        if in_main_grad and working == dtype:
+            heads[0].main_grad = torch.zeros(width + 4, 16)  # type: ignore[attr-defined]
+
+        def select(index: Any) -> Any:
+            one = torch.ones(tokens, dtype=torch.float64)[index]
+            return lambda statistics: (one, (torch.arange(tokens) % 2 == 0)[index], 0.3 * one)
+
+        function = select(slice(None))
+        function.select = select
+        result = distillation_loss(
+            (hidden, heads[0]),
+            (hidden.detach(), heads[1]),
+            reference=(hidden.detach(), heads[2]),
+            tokens=torch.arange(tokens) * 7,
+            mask=torch.arange(tokens) != 2,
+            vocab_size=width,
+            coefficients=function,
+            estimator="full_vocab",
+            chunk_tokens=3,
+            backend=backend,
+        )
+        result.loss.backward()
+        assert hidden.grad is not None
+        return hidden.grad.double(), getattr(heads[0], "main_grad", heads[0].grad).double()
+
+    want, found = run("torch", torch.float64), {}
+    for backend in ("torch", "triton"):
+        pairs = zip(run(backend, dtype), want, strict=True)
+        found[backend] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return found
 
 
 class TwoRanks:
@@ -345,6 +383,11 @@ def interpret() -> dict[str, Any]:
         "columns": {f"{k}, {w}": measure_columns(k, w) for k, w in columns},
         "places": measure_places(),
         "narrow": measure_narrow(),
+        "hidden": {
+            f"{str(dtype).split('.')[1]}, {in_main_grad}": measure_hidden(dtype, in_main_grad)
+            for dtype in (torch.float32, torch.bfloat16)
+            for in_main_grad in (False, True)
+        },
         "halves": {kind: measure_halves(kind) for kind in KINDS},
         "refusal": measure_refusal(),
         "empty": list(empty.storage.shape),
@@ -425,8 +468,9 @@ def compile_all(folder: Path) -> dict[str, dict[str, int]]:
         local = objective.statistics(chunk)
         one = torch.ones(2)
         factors = triton_kernels.Factors(one, one, one, one, one)
-        out = chunk.student.view(torch.bfloat16)[:, :width] if dtype == torch.float32 else None
-        triton_kernels.gradient(objective, chunk, local, factors, out)
+        if dtype == torch.float32:
+            chunk = replace(chunk, narrow=chunk.student.view(torch.bfloat16)[:, :width])
+        triton_kernels.gradient(objective, chunk, local, factors)
         for name, compiled in zip(("statistics", "gradient"), results, strict=True):
             found[f"{kind} {name} {str(dtype).split('.')[1]}"] = resources(compiled, folder)
         results.clear()

@@ -17,7 +17,7 @@ from megatron_sgopd.plan.architecture import Architecture, ModelLayout
 # numbers are in vocab_parallel (projection.py, blocks.py), which imports torch.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
 BUFFER_BYTES = {"cpu": 896 * 2**10, "cuda": 64 * 2**20}
-LEAST_TOKENS = 256
+LEAST_TOKENS, GEMM_ROWS = 256, 128
 HEAD_ROWS = 8192
 
 
@@ -193,7 +193,10 @@ class LossChunks:
     def tokens(self) -> int:
         """Of a chunk, if there are as many."""
         each = 4 * self.rows * self.models * self.sets
-        return self.chunk_tokens or max(LEAST_TOKENS, CHUNK_BYTES[self.device] // each)
+        size = max(LEAST_TOKENS, CHUNK_BYTES[self.device] // each)
+        return self.chunk_tokens or (
+            size if self.device == "cpu" else size // GEMM_ROWS * GEMM_ROWS
+        )
 
     def scoring_bytes(self, tokens: int, hidden: int, b: int) -> int:
         """While log-probs of `tokens` are made; `b`: bytes of an element of the model."""

@@ -44,6 +44,7 @@ class Chunk:
     index: Tensor  # [n] the tokens' places among all T
     local_token: Tensor  # [n] column of the sampled token
     owned: Tensor  # [n] whether this rank has it
+    narrow: Tensor | None = None  # where Triton puts the gradient; None: over the student's rows
     student_is_scratch: bool = False
     frozen_is_scratch: bool = False
 

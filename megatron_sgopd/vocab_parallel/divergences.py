@@ -155,7 +155,7 @@ class ForwardKL(BothRows):
         student, target = self.local_log_totals(found, c)
         of_p = ((weight + additive) * (-student).exp()).to(self.shard.dtype)[:, None]
         of_q = (-weight * (-target).exp()).to(self.shard.dtype)[:, None]
-        if (kernels := self.kernels(chunk)) is not None:
+        if (kernels := self.kernels(chunk.student)) is not None:
             extra = c.lam - 1.0 if self.extrapolated else None
             maximum = self.target_maximum(local, c)
             factors = kernels.Factors(of_p[:, 0], additive, of_q[:, 0], extra, maximum)

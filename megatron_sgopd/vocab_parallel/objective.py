@@ -138,15 +138,15 @@ class Objective(ABC):
         self.careful = False  # whether some logits are -inf; found by the statistics pass
         self._scratch: Scratch | None = None
 
-    def kernels(self, chunk: Chunk) -> ModuleType | None:
-        """`triton_kernels` where they take a chunk's passes; None: plain PyTorch does."""
-        return back_ends.kernels(self.backend, self.triton_sums is not None, chunk.student)
+    def kernels(self, student: Tensor) -> ModuleType | None:
+        """`triton_kernels` where they take the passes over such logits; None: plain PyTorch."""
+        return back_ends.kernels(self.backend, self.triton_sums is not None, student)
 
     # -- the first pass ----------------------------------------------------------------------------
 
     def statistics(self, chunk: Chunk) -> Columns:
         """This shard's columns of a chunk; may leave intermediate results in its scratch."""
-        if (kernels := self.kernels(chunk)) is not None:
+        if (kernels := self.kernels(chunk.student)) is not None:
             return kernels.statistics(self, chunk)
         columns = self.begin(chunk)
         self._statistics(chunk, columns)

@@ -40,7 +40,7 @@ def from_logits(task: Task, models: dict[str, Any], overwrite: bool) -> LossResu
         }
         kept = write and working.dtype == shard.dtype and isinstance(objective, Sampled)
         whole = replace(whole_chunk(shard, valid), student_is_scratch=kept)
-        one_pass = objective.one_pass and objective.kernels(whole) is None  # kernels take all rows
+        one_pass = objective.one_pass and objective.kernels(working) is None  # they take all rows
         if task.sliceable and shard.size == 1 and one_pass and write and len(whole):
             piece = _one_pass(task, whole)
         else:
@@ -123,6 +123,7 @@ def from_hidden(
             chunk_tokens=chunk_tokens,
             with_gradient=write,
             buffers=2 if task.sliceable and shard.size > 1 else 1,
+            narrows=task.objective.kernels(inputs[-1]) is not None,
         )
         run = _chunk_by_chunk if task.sliceable else _twice
         pieces = run(task, projection, write)

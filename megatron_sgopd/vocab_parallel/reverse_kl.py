@@ -163,7 +163,7 @@ class ReverseKL(TowardTarget):
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         constants = self.constants(found, c, divergence)
-        if (kernels := self.kernels(chunk)) is not None:
+        if (kernels := self.kernels(chunk.student)) is not None:
             extra = None if constants.less is None else -constants.less[:, 0]
             slope, bias = constants.slope[:, 0], constants.bias[:, 0]
             factors = kernels.Factors(bias, constants.additive, slope, extra)

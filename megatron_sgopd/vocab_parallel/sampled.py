@@ -63,7 +63,7 @@ class Sampled(Objective):
         toward = weight * advantage(found, c) + additive
         share, _ = self.own(found.student)
         slope = (toward * share / found.student.softmax.total).to(self.shard.dtype)
-        if (kernels := self.kernels(chunk)) is not None:
+        if (kernels := self.kernels(chunk.student)) is not None:
             kernels.gradient(self, chunk, local, kernels.Factors(bias=slope, at_token=toward))
             return
         scratch = self.scratch(chunk)

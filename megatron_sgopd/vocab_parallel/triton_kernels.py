@@ -114,18 +114,16 @@ class Factors:
         return tuple(zero if v is None else v.float().contiguous() for v in given)
 
 
-def gradient(
-    objective: Objective, chunk: Chunk, local: Columns, factors: Factors, out: Tensor | None = None
-) -> None:
-    """Writes the gradient over the student's rows, or to `out`.
+def gradient(objective: Objective, chunk: Chunk, local: Columns, factors: Factors) -> None:
+    """Writes the gradient over the student's rows, or to the chunk's `narrow`.
 
-    `out` may be a view of the same memory whose rows start where the student's do, in a narrower
+    That may be a view of the same memory whose rows start where the student's do, in a narrower
     type: each program reads ahead of what it writes.
     """
     if len(chunk) == 0 or chunk.student.shape[-1] == 0:
         return
     matrices, models = _models(chunk)
-    out = chunk.student if out is None else out
+    out = chunk.student if chunk.narrow is None else chunk.narrow
     same_memory = out.untyped_storage().data_ptr() == chunk.student.untyped_storage().data_ptr()
     narrows = same_memory and out.element_size() < chunk.student.element_size()
     tile = Tile.of(matrices)
