@@ -215,7 +215,8 @@ class LossChunks:
 
     def _scratch_bytes(self, tokens: int) -> int:
         """Of a block's passes, made with the first chunk: a buffer a model and one for products."""
-        return min(BUFFER_BYTES[self.device], 4 * tokens * self.rows) * (1 + self.models)
+        n = min(tokens, self.tokens)
+        return min(BUFFER_BYTES[self.device], 4 * n * self.rows) * (1 + self.models)
 
     def _projecting(self, tokens: int, hidden: int, b: int) -> int:
         """A chunk's states and, of the chunks after the first, the scratch.

@@ -280,7 +280,7 @@ class Objective(ABC):
                 self.shard.valid,
                 self.shard.dtype,
                 chunk.student.device,
-                limit=self.shard.num_tokens,
+                limit=len(chunk),  # of the first chunk, which is the longest
             )
         return self._scratch
 
