@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from megatron_sgopd.config.schema import ParallelConfig
 from megatron_sgopd.plan.architecture import Architecture, ModelLayout
 
-# What the loss takes for one chunk's logits, and for a scratch buffer of its passes. The same
+# What the loss takes for one chunk's logits, and for the scratch of its passes. The same
 # numbers are in vocab_parallel (projection.py, blocks.py), which imports torch.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
-BUFFER_BYTES = {"cpu": 896 * 2**10, "cuda": 64 * 2**20}
+SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 LEAST_TOKENS, GEMM_ROWS = 256, 128
 HEAD_ROWS = 8192
 
@@ -216,7 +216,7 @@ class LossChunks:
     def _scratch_bytes(self, tokens: int) -> int:
         """Of a block's passes, made with the first chunk: a buffer a model and one for products."""
         n = min(tokens, self.tokens)
-        return min(BUFFER_BYTES[self.device], 4 * n * self.rows) * (1 + self.models)
+        return min(SCRATCH_BYTES[self.device], 4 * n * self.rows * (1 + self.models))
 
     def _projecting(self, tokens: int, hidden: int, b: int) -> int:
         """A chunk's states and, of the chunks after the first, the scratch.
