@@ -49,7 +49,7 @@ def times(
             break
         for variant in variants:
             student.restore(original)
-            rows = student.rows()
+            rows = student.rows(main_grad=variant.main_grad)
             _wait(batch)
             start = clock()
             variant.loss(rows, batch).backward()
@@ -103,7 +103,7 @@ def once(variant: Variant, batch: Batch, exact: Sequence[Tensor] | None) -> dict
     if variant.is_compiled:
         variant.loss(_copy(batch).rows(), batch).backward()
     student = Student(batch.student)
-    rows = student.rows()
+    rows = student.rows(main_grad=variant.main_grad)
     with _peak(batch) as peak:
         variant.loss(rows, batch).backward()
     found = counts | {"extra_bytes": peak()}
@@ -137,7 +137,7 @@ def prepare_to_fork() -> None:
 def _count_collectives(variant: Variant, batch: Batch) -> dict[str, Any]:
     """Of forward and of backward; on a few tokens where no rank waits for another."""
     part = batch.select(slice(WARM_UP_TOKENS if batch.group is None else None))
-    rows = _copy(part).rows()
+    rows = _copy(part).rows(main_grad=variant.main_grad)
     with _Collectives() as forward:
         loss = variant.loss(rows, part)
     with _Collectives() as backward:
