@@ -67,7 +67,7 @@ def run_kl(options: Options) -> int:
         is_first = name == names[0]
         # Large products of matrices leave the allocator little to decide.
         mine = [case for case in chosen if is_first or not (case.form == "fused" and case.is_large)]
-        for found in _worker(_job(mine, options, name, with_error=is_first)):
+        for found in _worker(_job(mine, options, name, with_error=is_first)) if mine else ():
             if "case" in found:
                 seconds = time.monotonic() - start
                 print(f"{seconds:.0f} s, {name}: {found['case']}", file=sys.stderr, flush=True)
