@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from megatron_sgopd.config.schema import ParallelConfig
 from megatron_sgopd.plan.architecture import Architecture, ModelLayout
 
-# What the loss takes for one chunk's logits, and the scratch of its passes. The same numbers are in
-# vocab_parallel (projection.py, blocks.py), which imports torch.
+# What the loss takes for one chunk's logits, and for the scratch of its passes. The same
+# numbers are in vocab_parallel (projection.py, blocks.py), which imports torch.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
-SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 LEAST_TOKENS, GEMM_ROWS = 256, 128
 HEAD_ROWS = 8192
 
@@ -209,30 +209,34 @@ class LossChunks:
         return self._logits_bytes(tokens) + max(self._projecting(tokens, hidden, b), ending)
 
     def _logits_bytes(self, tokens: int) -> int:
-        return 4 * min(tokens, self.tokens) * self.rows * self.models * self.sets
+        n = min(tokens, self.tokens)
+        sets = min(self.sets, -(-tokens // n))
+        return 4 * n * self.rows * self.models * sets
 
     def _scratch_bytes(self, tokens: int) -> int:
         """Of a block's passes, made with the first chunk: a buffer a model and one for products."""
-        return min(SCRATCH_BYTES[self.device], 4 * tokens * self.rows * (1 + self.models))
+        n = min(tokens, self.tokens)
+        return min(SCRATCH_BYTES[self.device], 4 * n * self.rows * (1 + self.models))
 
     def _projecting(self, tokens: int, hidden: int, b: int) -> int:
         """A chunk's states and, of the chunks after the first, the scratch.
 
-        GPUs give the products in fp32. CPUs give them in the model's type, and the student's a
-        second time as a correction, which is added in fp32.
+        GPUs give the products in fp32. CPUs give them in the model's type, for some rows of the
+        head at a time; they are added in fp32.
         """
-        n = min(tokens, self.tokens)
-        converted = 0 if b == 4 or self.device == "cuda" else n * self.rows * (2 * b + 4)
+        n, rows = min(tokens, self.tokens), min(self.rows, HEAD_ROWS)
+        converted = 0 if b == 4 or self.device == "cuda" else n * rows * (b + 4)
         later = self._scratch_bytes(tokens) if tokens > n else 0
         return n * hidden * b + converted + later
 
     def _gradient_bytes(self, tokens: int, hidden: int, b: int) -> int:
         """A chunk's gradient on its way to its states and to some rows of the head.
 
-        The head's product is in fp32; CPUs make it in the model's type first.
+        The products are in fp32; CPUs make the head's in the model's type first.
         """
-        n = min(tokens, self.tokens)
-        if b == 4:  # nothing to convert, and the product is added in place
+        n, rows = min(tokens, self.tokens), min(self.rows, HEAD_ROWS)
+        if b == 4:  # nothing to convert, and the head's product is added in place
             return 2 * n * hidden * b
+        sums = 4 * (1 if rows == self.rows else 2)  # a slice's product beside the sum of them
         product = 4 if self.device == "cuda" else 4 + b
-        return n * (self.rows + 2 * hidden) * b + min(self.rows, HEAD_ROWS) * hidden * product
+        return n * rows * b + n * hidden * (b + sums) + rows * hidden * product

@@ -33,7 +33,7 @@ from megatron_sgopd.plan.hardware import (
 from megatron_sgopd.plan.job import Job
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-TOKEN_BYTES = 39  # of a packing.MicroBatch: three int64, three float32, three bool a token
+TOKEN_BYTES = 47  # of a packing.MicroBatch: four int64, three float32, three bool a token
 LOGPROB_BYTES = 4
 DDP_BUCKET = 40_000_000  # Megatron's smallest bucket, where gradients overlap; elements
 ADAM_MOMENTS = 2

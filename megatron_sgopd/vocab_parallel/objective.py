@@ -113,6 +113,7 @@ class Objective(ABC):
 
     name: str
     num_buffers: int  # scratch blocks that its passes use at once
+    scratch_share = 1.0  # of what an objective's buffers may take
     one_pass = False  # whether blocks can go through both passes at once (`block_gradient`)
     triton_sums: str | None = None  # which sums its Triton kernels make; None: it has no kernels
     keeps = False  # whether the gradient pass can use what the first left in a chunk's matrices
@@ -280,7 +281,8 @@ class Objective(ABC):
                 self.shard.valid,
                 self.shard.dtype,
                 chunk.student.device,
-                limit=self.shard.num_tokens,
+                limit=len(chunk),  # of the first chunk, which is the longest
+                share=self.scratch_share,
             )
         return self._scratch
 

@@ -26,6 +26,7 @@ class Sampled(Objective):
 
     name = "sampled divergence"
     num_buffers = 2
+    scratch_share = 0.3  # nothing is done once a block: smaller ones are as quick
     triton_sums = "none"
     keeps = True
 
