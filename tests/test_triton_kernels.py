@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,14 @@ def test_kernels_compile_to_wide_reads_without_spilling(compiled: Any) -> None:
         assert used["registers"] <= 96, name  # two programs of 256 threads have place at least
         assert used["wide_reads"] > 0, name
         assert used["narrow_reads"] <= 3, name  # one model's sampled token each
+
+
+def test_the_gpu_bench_says_that_there_is_no_gpu() -> None:
+    variables = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(ROOT / "tools/gpu_bench.sh")]
+    result = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert re.fullmatch(r"gpu_bench: .* sees no GPU here; .*\n", result.stderr)
 
 
 # -- when they are taken ---------------------------------------------------------------------------

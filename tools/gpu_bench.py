@@ -93,6 +93,17 @@ class Bench:
             print(f"{what}: left out, {left:.0f} s are left of --seconds")
         return left >= seconds
 
+    def add_ours(self, what: str, measured: Callable[[], tuple[float, float]]) -> None:
+        seconds, extra = measured()
+        self.add(what, seconds, extra_mb=extra)
+
+    def add_peer(self, what: str, measured: Callable[[], tuple[float, float]]) -> None:
+        """A line of (seconds, MB); a peer may fail in any way, and the others are measured."""
+        try:
+            self.add_ours(what, measured)
+        except Exception as error:
+            print(f"{what}: {type(error).__name__}: {str(error).splitlines()[:1]}")
+
     def add(self, what: str, seconds: float, **more: float | None) -> None:
         self.rows.append(Row(what, seconds * 1e3, **more))
         print(self.rows[-1].line())
@@ -105,23 +116,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     assumed = Rates(3e12, 4.3e12, 50e12, 780e12)  # an H200's, until `rates` has measured
     bench = Bench(time.monotonic() + arguments.seconds, [], assumed)
     sections: dict[str, Callable[[Bench], bool]] = {
-        "check": check,
+        "check": lambda bench: is_right(),
         "rates": rates,
         "kernels": kernels,
         "calls": calls,
         "fused": fused,
         "tiles": tiles,
     }
-    for name in arguments.only:
-        print(f"\n-- {name}", flush=True)
-        if not sections[name](bench):
-            print(f"gpu_bench: {name} failed, nothing more is measured", file=sys.stderr)
-            return 1
-    print(f"\n{HEAD}")
-    for row in bench.rows:
-        print(row.line())
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(row) for row in bench.rows], indent=1))
+    try:
+        for name in arguments.only:
+            print(f"\n-- {name}", flush=True)
+            if not sections[name](bench):
+                print(f"gpu_bench: {name} failed, nothing more is measured", file=sys.stderr)
+                return 1
+    finally:  # what was measured is shown, whatever came then
+        print("\n".join(["", HEAD, *(row.line() for row in bench.rows)]), flush=True)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps([asdict(row) for row in bench.rows], indent=1))
     return 0
 
 
@@ -135,21 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, default=500.0, help="after which no section starts (%(default)s)"
     )
-    parser.add_argument(
-        "--only",
-        type=_sections,
-        default=SECTIONS,
-        metavar="NAME,NAME",
-        help=f"some of {', '.join(SECTIONS)}",
-    )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     return parser
-
-
-def _sections(text: str) -> tuple[str, ...]:
-    names = tuple(text.lower().split(","))
-    if wrong := [name for name in names if name not in SECTIONS]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(SECTIONS)}")
-    return names
 
 
 # -- timing ----------------------------------------------------------------------------------------
@@ -195,10 +193,6 @@ def risen(function: Callable[[], object]) -> float:
 
 
 # -- check, rates, kernels, tiles ------------------------------------------------------------------
-
-
-def check(bench: Bench) -> bool:
-    return is_right()
 
 
 def rates(bench: Bench) -> bool:
@@ -305,15 +299,16 @@ def calls(bench: Bench) -> bool:
         variants = [
             *plain_variants(case, "cuda"),
             Variant("ours", partial(our_loss, case), ours=True),
-            Variant("ours, plain PyTorch", with_backend("torch", partial(our_loss, case))),
+            Variant(
+                "ours, plain PyTorch", with_backend("torch", partial(our_loss, case)), ours=True
+            ),
             *(v for v in baseline_variants(case, "cuda", missing) if not v.needs_megatron),
         ]
         batch = draw(case, "cuda")
         for variant in variants:
             if bench.has_time(30, f"{objective}, {variant.name}"):
-                seconds = median(times([variant], batch, rounds=10, budget_s=10.0)[variant.name])
-                extra = risen(partial(run_once, variant.loss, batch))
-                bench.add(f"call, {objective}: {variant.name}", seconds, extra_mb=extra)
+                add = bench.add_ours if variant.ours else bench.add_peer
+                add(f"call, {objective}: {variant.name}", partial(measure_call, variant, batch))
         for name, reason in missing.items():
             print(f"left out: {name}: {reason}")
         del batch
@@ -321,8 +316,10 @@ def calls(bench: Bench) -> bool:
     return True
 
 
-def run_once(loss: Loss, batch: Batch) -> None:
-    loss(Student(batch.student).rows(), batch).backward()
+def measure_call(variant: Variant, batch: Batch) -> tuple[float, float]:
+    seconds = median(times([variant], batch, rounds=10, budget_s=10.0)[variant.name])
+    student = Student(batch.student)
+    return seconds, risen(lambda: variant.loss(student.rows(), batch).backward())
 
 
 def with_backend(name: str, loss: Loss) -> Loss:
@@ -342,7 +339,9 @@ def fused(bench: Bench) -> bool:
     """A head with fp32 `main_grad`, as Megatron's; peers give its gradient in the head's type."""
     case = Case("fused", "reverse_kl", TOKENS, VOCABULARY, "bf16", 1, HIDDEN)
     batch = draw(case, "cuda")
-    ours = partial(run_fused, batch=batch, main_grad=_main_grad(batch))
+    assert isinstance(batch.student, tuple)
+    main_grad = torch.zeros(batch.student[1].shape, device="cuda")
+    ours = partial(run_fused, main_grad=main_grad)
     unit = 2.0 * TOKENS * VOCABULARY * HIDDEN / bench.rates.bf16_flops
     moved = TOKENS * VOCABULARY / bench.rates.copied_bytes
     shape = f"{TOKENS} x {HIDDEN} x {VOCABULARY}"
@@ -366,11 +365,6 @@ def fused(bench: Bench) -> bool:
     return True
 
 
-def _main_grad(batch: Batch) -> Tensor:
-    assert isinstance(batch.student, tuple)
-    return torch.zeros(batch.student[1].shape, device="cuda")
-
-
 def run_fused(batch: Batch, loss: Loss, main_grad: Tensor | None = None) -> None:
     assert isinstance(batch.student, tuple)
     hidden, head = (x.detach().requires_grad_() for x in batch.student)
@@ -390,12 +384,16 @@ def by_kernel(call: Callable[[], object]) -> None:
         print(f"    {ms:8.2f} ms {event.count:5d} x  {event.key[:90]}")
 
 
+def time_and_memory(call: Callable[[], object]) -> tuple[float, float]:
+    return by_the_clock(call, 3), risen(call)
+
+
 def peers(bench: Bench, case: Case, batch: Batch) -> None:
     missing: dict[str, str] = {}
     for variant in baseline_variants(case, "cuda", missing):
         if bench.has_time(60, variant.name):
             call = partial(run_fused, batch, variant.loss)
-            bench.add(f"fused: {variant.name}", by_the_clock(call, 3), extra_mb=risen(call))
+            bench.add_peer(f"fused: {variant.name}", partial(time_and_memory, call))
             torch.cuda.empty_cache()
     for name, reason in missing.items():
         print(f"left out: {name}: {reason}")

@@ -2,7 +2,7 @@
 # The loss on one GPU: its kernels checked against float64, then timed beside plain PyTorch,
 # torch.compile and Liger's kernels. One call, under 9 minutes on an H200, which the shapes are for.
 #
-#   bash tools/gpu_bench.sh [--json FILE] [--seconds N] [--only check,kernels,...]
+#   bash tools/gpu_bench.sh [--json FILE] [--seconds N] [--only check kernels ...]
 #
 # Needs Python >= 3.11 with a torch >= 2.10 for CUDA and the Triton that it brings; nothing else of
 # this project's requirements. PYTHON names the interpreter (python3). Peers are measured where they
