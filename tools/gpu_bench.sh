@@ -17,13 +17,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 
-if ! missing=$("$python" -c 'import torch, triton' 2>&1); then
-    echo "gpu_bench: $python lacks torch or triton (${missing##*$'\n'}): name a Python with a torch" \
-        "for CUDA, PYTHON=/path/to/python3 bash tools/gpu_bench.sh" >&2
-    exit 2
-fi
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+found=0
+words=$("$python" -c 'import sys, torch, triton; sys.exit(0 if torch.cuda.is_available() else 3)' 2>&1) ||
+    found=$?
+if ((found == 3)); then
     echo "gpu_bench: the torch of $python sees no GPU here; this is for a machine with one" >&2
+    exit 2
+elif ((found != 0)); then
+    echo "gpu_bench: $python lacks torch or triton (${words##*$'\n'}): name a Python with a torch" \
+        "for CUDA, PYTHON=/path/to/python3 bash tools/gpu_bench.sh" >&2
     exit 2
 fi
 exec "$python" tools/gpu_bench.py "$@"

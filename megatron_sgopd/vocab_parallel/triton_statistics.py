@@ -248,7 +248,7 @@ def _store_model(
 ) -> None:
     """A softmax of the row with its sampled token's logit; -inf where another rank has that."""
     _store_softmax(out, n, maximum, total)
-    logit = tl.load(start + token * step, mask=token >= 0, other=-INF)
+    logit = tl.load(start + token.to(tl.int64) * step, mask=token >= 0, other=-INF)
     tl.store(out + 2 * n, logit.to(tl.float32))
 
 
