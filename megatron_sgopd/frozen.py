@@ -42,12 +42,12 @@ class Handover:
     states: StoredStates | None = None
     head: Tensor | None = None
 
-    def take(self) -> Rows:
-        """The rows as the loss takes them; hidden states can be taken once."""
+    def take(self, *, last: bool = True) -> Rows:
+        """The rows as the loss takes them; hidden states are gone after the last time."""
         if self.logprobs is not None:
             return self.logprobs
         assert self.states is not None and self.head is not None, "full_vocab hands over both"
-        return self.states.take(), self.head
+        return (self.states.take() if last else self.states.look()), self.head
 
 
 @dataclass(frozen=True)

@@ -63,13 +63,25 @@ class StoredStates:
 
     def take(self) -> Tensor:
         """The whole states [R * L, D], gathered over the tensor parallel group; once only."""
-        assert self.shard is not None, "hidden states are taken once"
-        shard, self.shard = self.shard, None
+        states = self.look()
         if self.shelf is not None:
-            self.shelf.close()  # brings the bytes back
-        else:
-            self.owner.device_bytes -= shard.numel() * shard.element_size()
+            self.shelf.close()
+        elif self.shard is not None:
+            self.owner.device_bytes -= self.shard.numel() * self.shard.element_size()
+        self.shard = None
+        return states
+
+    def look(self) -> Tensor:
+        """The same for a pass that is not the last one: the shard stays."""
+        shard = self.shard
+        assert shard is not None, "hidden states are taken once"
+        if self.shelf is not None:
+            self.shelf.bring_back()
         group = self.owner.tp_group
         if group.size() > 1:
             shard = all_gather(shard, group).flatten(0, 1)[: self.length]
-        return shard.transpose(0, 1).flatten(0, 1)
+        states = shard.transpose(0, 1).flatten(0, 1)
+        if self.shelf is not None and self.shard is not None:
+            states = states.clone()  # a micro-batch of one row is a view of the shard
+            self.shelf.put_away([self.shard])
+        return states

@@ -8,7 +8,7 @@ Shapes: R x L tokens of a micro-batch, flattened to T where the mathematics begi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -86,9 +86,26 @@ class Objective:
         """The method's coefficient function, its options checked once."""
         return sgopd.coefficients(self.method, **vars(self.options))
 
+    def for_statistics(self) -> Objective:
+        """The same scoring with coefficients that decide nothing, for passes without gradient."""
+        return replace(
+            self,
+            method="opd",
+            options=sgopd.MethodOptions(),
+            lambdas=(1.0,),
+            candidate_gate=False,
+            divergence="reverse_kl",
+            top_k=None,
+        )
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether coefficients depend on the sign of T - S, so that ties must be known."""
+        return self.method in sgopd.GATED
+
     @property
     def needs_teacher(self) -> bool:
-        return self.method in sgopd.NEEDS_TEACHER
+        return sgopd.METHODS[self.method].needs_teacher
 
     @property
     def needs_reference(self) -> bool:
@@ -105,9 +122,13 @@ class Objective:
         group: dist.ProcessGroup | None,
         vocab_size: int,
         sum_hidden_gradient: bool = True,
+        batch_sums: Tensor | None = None,
     ) -> LossResult:
-        """Sum of token_scale times the token losses; logits [T, V] given are overwritten."""
-        outcome = outcome_of(micro_batch)
+        """Sum of token_scale times the token losses; logits [T, V] given are overwritten.
+
+        `batch_sums`: the method's own sums over the step's global batch, if it has any.
+        """
+        outcome = replace(outcome_of(micro_batch), batch_sums=batch_sums)
         gate = self.options
 
         def per_candidate(a2: Tensor, index: Tensor) -> Tensor:
@@ -147,6 +168,7 @@ def outcome_of(micro_batch: MicroBatch) -> sgopd.Outcome:
         is_correct=micro_batch.is_correct.flatten(),
         is_imitated=imitated,
         sampled_logprobs=micro_batch.sampled_logprobs.flatten(),
+        sequence_ids=micro_batch.sequence_ids.flatten(),
         imitates=bool(imitated.any()),
     )
 

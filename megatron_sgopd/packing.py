@@ -36,6 +36,7 @@ class MicroBatch:
     is_correct: Tensor  # bool
     is_imitated: Tensor  # bool: a teacher's or a data set's tokens, learnt by cross-entropy
     sampled_logprobs: Tensor  # float32, by the engine; 0 where the loss mask is 0
+    sequence_ids: Tensor  # int64: which of the micro-batch's sequences a token belongs to
     # Packed: where each sequence begins, and the end; of the whole micro-batch on every CP rank.
     cu_seqlens: tuple[int, ...] | None = None
 
@@ -314,6 +315,7 @@ def _one_after_the_other(
         "is_correct": each([r.is_correct for r in rollouts], torch.bool) & ~padding,
         "is_imitated": each(imitated, torch.bool) & ~padding,
         "sampled_logprobs": flat(logprobs, torch.float32),
+        "sequence_ids": each(range(len(widths)), torch.long),
     }
 
 

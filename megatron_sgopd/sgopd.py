@@ -336,7 +336,6 @@ METHODS: dict[str, Method] = {
     "grpd": Method(_grpd),
 }
 GATED = frozenset({"sg_opd", "opdvr", "grpd"})  # methods that read the sign of T - S
-NEEDS_TEACHER = frozenset(name for name, method in METHODS.items() if method.needs_teacher)
 
 
 def gate_of(stats: TokenLogprobs, outcome: Outcome, opt: MethodOptions) -> Tensor:

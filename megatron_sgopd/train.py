@@ -38,7 +38,8 @@ from megatron_sgopd.rollout import (
 )
 from megatron_sgopd.samples import write_lines
 from megatron_sgopd.statistics import summarize, summarize_benchmarks
-from megatron_sgopd.train_step import measure_tie_width, train_step
+from megatron_sgopd.tie_width import measure_tie_width
+from megatron_sgopd.train_step import train_step
 from megatron_sgopd.types import EngineLost
 from megatron_sgopd.versions import installed
 from megatron_sgopd.weight_sync import StaleWeights
@@ -64,8 +65,9 @@ def train(config: Config) -> None:
         while state.step < config.num_steps and not run.stop_requested():
             with clock.span("rollout"):
                 batch = next_batch(run, state.step)
-            if state.gate_eps is None and (teacher := run.teacher) is not None:
-                run.set_gate_eps(measure_tie_width(run.student, teacher, batch.rollouts, config))
+            if state.gate_eps is None and run.teacher is not None and run.objective().is_gated:
+                width = measure_tie_width(run.student, run.teacher, batch.rollouts, config)
+                run.set_gate_eps(width)
             metrics = train_step(
                 run.student,
                 run.teacher,

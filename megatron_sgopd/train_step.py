@@ -25,10 +25,9 @@ from torch import Tensor
 
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.frozen import Frozen, Handover
-from megatron_sgopd.hf_weights import iter_hf_weights, load_stream
-from megatron_sgopd.loss import Objective, Scores, token_metrics
+from megatron_sgopd.loss import Objective, Scores, outcome_of, token_metrics
 from megatron_sgopd.metrics import Clock, Sums, add_up, reduced_means
-from megatron_sgopd.model import ShardedModel, build_model, forward
+from megatron_sgopd.model import forward
 from megatron_sgopd.packing import (
     MicroBatch,
     balanced_shares,
@@ -43,7 +42,6 @@ from megatron_sgopd.student import Student
 from megatron_sgopd.types import Rollout
 from megatron_sgopd.vocab_parallel import LossResult, Rows
 
-EPS_MARGIN = 2.0  # gate.eps "auto": this times the largest |a2| of a self-scoring pass
 Observe = Callable[[MicroBatch, LossResult], Any]
 
 
@@ -171,13 +169,35 @@ def accumulate_gradients(
     Returns this rank's share of the loss (a scalar; 0 but on the last stage) and its metric sums.
     """
     student.zero_grad()
+    sums = batch_sums(student, work, objective)
 
     def observe(part: MicroBatch, result: LossResult) -> Any:
         return result.loss.detach(), token_metrics(objective, part, result)
 
-    seen = run_schedule(student, work, objective, observe)
+    seen = run_schedule(student, work, objective, observe, sums=sums)
     loss = sum((loss for loss, _ in seen), torch.zeros((), device=student.groups.device))
     return loss, add_up(sums for _, sums in seen)
+
+
+def batch_sums(student: Student, work: Sequence[Work], objective: Objective) -> Tensor | None:
+    """The method's own sums [k] over the step's global batch, by a forward pass; mostly None.
+
+    Known on the last stage, whose ranks are the only ones to need them. Collective over it.
+    """
+    summarize = objective.function.method.summarize
+    if summarize is None:
+        return None
+
+    def observe(part: MicroBatch, result: LossResult) -> Tensor:
+        return summarize(result.statistics, outcome_of(part))
+
+    seen = run_schedule(student, work, objective.for_statistics(), observe, forward_only=True)
+    if not seen:
+        return None
+    total = torch.stack(seen).sum(0)
+    for group in (student.groups.dp_group, student.groups.cp_group):
+        dist.all_reduce(total, group=group)
+    return total
 
 
 def run_schedule(
@@ -187,11 +207,13 @@ def run_schedule(
     observe: Observe,
     *,
     forward_only: bool = False,
+    sums: Tensor | None = None,
 ) -> list[Any]:
     """What `observe` makes of each micro-batch's result, on the last stage; [] elsewhere.
 
     The last stage hands over hidden states and the loss projects them itself, chunk by chunk, so
-    that a micro-batch's logits never exist as a whole and masked tokens never meet the head.
+    that a micro-batch's logits never exist as a whole and masked tokens never meet the head. With
+    `forward_only` nothing is written and the frozen models' hidden states can be read again.
     """
     groups = student.groups
 
@@ -205,13 +227,14 @@ def run_schedule(
                 _student_rows(student, output),
                 item.part,
                 Scores(
-                    item.teacher.take() if item.teacher else None,
-                    item.reference.take() if item.reference else None,
+                    item.teacher.take(last=not forward_only) if item.teacher else None,
+                    item.reference.take(last=not forward_only) if item.reference else None,
                 ),
                 group=groups.tp_group,
                 vocab_size=student.model.shared_vocab_size,
                 # Under sequence parallelism the gather's backward reduces and scatters at once.
                 sum_hidden_gradient=not student.model.last_chunk.config.sequence_parallel,
+                batch_sums=sums,
             )
             # Megatron's token count; nothing divides by it.
             count = torch.ones((), dtype=torch.int, device=output.device)
@@ -249,23 +272,6 @@ def _student_rows(student: Student, hidden: Tensor) -> Rows:
     return hidden.transpose(0, 1).flatten(0, 1), head
 
 
-def _in_layout_of(teacher: Frozen, model: ShardedModel, config: Config) -> ShardedModel:
-    """The student's weights under the teacher's layout: a copy, if that is another."""
-    groups = teacher.model.groups
-    if groups is model.groups:
-        return model
-    copy = build_model(
-        model.hf_config,
-        groups,
-        dtype=model.dtype,
-        transformer_impl=config.model.transformer_impl,
-        trainable=False,
-        shared_vocab_size=model.shared_vocab_size,
-    )
-    load_stream(copy, iter_hf_weights(model), source="the student")
-    return copy
-
-
 def gather_metrics(
     groups: Groups, loss: Tensor, sums: Sums, work: Sequence[Work]
 ) -> dict[str, float]:
@@ -288,26 +294,3 @@ def gather_metrics(
     names = gather_objects(sorted(own))
     means = reduced_means(own, {n for some in names for n in some}, None, device)
     return {"train/loss": total[0].item(), "train/tokens": total[1].item(), **means}
-
-
-def measure_tie_width(
-    student: Student, teacher: Frozen, rollouts: Sequence[Rollout], config: Config
-) -> float:
-    """gate.eps for `auto`: twice the largest |a2| when the student is its own teacher.
-
-    The teacher's side goes through the real frozen path, in the teacher's layout, and the student's
-    through the trainer's forward, so that what differs is exactly what must not open the gate.
-    """
-    objective = Objective.of(config, eps=0.0)
-    mirror = Frozen(_in_layout_of(teacher, student.model, config), student.groups)
-    work = prepare(mirror, mirror, rollouts, objective, config, student.groups).work
-
-    def largest_gap(part: MicroBatch, result: LossResult) -> Tensor:
-        stats = result.statistics
-        assert stats.teacher_logprobs is not None, "the mirror scored every token"
-        return (stats.teacher_logprobs - stats.student_logprobs).abs().max()
-
-    seen = run_schedule(student, work, objective, largest_gap, forward_only=True)
-    largest = torch.stack([torch.zeros((), device=student.groups.device), *seen]).max()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return EPS_MARGIN * float(largest)

@@ -152,6 +152,13 @@ BAD_COMBINATIONS = {
     ],
     "distill.method=exopd distill.lambda_uniform=0": ["lambda_uniform is 0", "above 0"],
     "distill.estimator=full_vocab distill.adv_clip=5": ["distill.adv_clip", "full_vocab", "null"],
+    "distill.divergence=jsd": ["distill.divergence is 'jsd'", "sampled", "full_vocab"],
+    "distill.top_k=8": ["distill.top_k is 8", "sampled", "full_vocab"],
+    "distill.estimator=full_vocab distill.top_k=8": ["distill.top_k is 8", "'sg_opd'", "lambda 1"],
+    "distill.method=opd distill.estimator=full_vocab distill.top_k=0": ["distill.top_k is 0"],
+    "distill.jsd_beta=1.5": ["distill.jsd_beta is 1.5", "between 0"],
+    "distill.estimator=full_vocab distill.gate.full_vocab_mode=candidate "
+    "distill.divergence=forward_kl": ["distill.divergence is 'forward_kl'", "candidate", "row"],
     "distill.ppo_epochs=2": ["distill.ppo_epochs is 2", "1 is what there is"],
     "distill.gate.conflict=interpolate": ["'interpolate'", "lambda_low 1.0", "between 0 and 1"],
     "distill.gate.lambda_low=0.5": ["'plain'", "lambda_low 0.5", "'interpolate'"],

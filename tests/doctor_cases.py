@@ -6,12 +6,10 @@ import dataclasses
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import schedules
 
 from megatron_sgopd.config.checks import resolve
 from megatron_sgopd.config.load import load_config
@@ -39,14 +37,13 @@ def planted(fault: str | None) -> Iterator[None]:
         with patch.object(module, "_allreduce_non_tensor_model_parallel_grads"):
             yield
     elif fault == "the loss is scaled by PP":
-        plain = schedules.forward_step_calc_loss
+        shard = MicroBatch.context_shard
 
-        def scaled(*args: Any, **kwargs: Any) -> Any:
-            output, count = plain(*args, **kwargs)
-            is_loss = output.dim() == 0  # other stages hand on activations
-            return (output * 2 if is_loss else output), count
+        def scaled(self: MicroBatch, rank: int, size: int) -> MicroBatch:
+            part = shard(self, rank, size)
+            return dataclasses.replace(part, token_scale=part.token_scale * 2)
 
-        with patch.object(schedules, "forward_step_calc_loss", scaled):
+        with patch.object(MicroBatch, "context_shard", scaled):
             yield
     elif fault == "one CP rank's tokens count twice":
         shard = MicroBatch.context_shard

@@ -53,6 +53,7 @@ def row(
     teacher: tuple[int, int] | None = None,
     offload: bool = False,
     budget_mb: float | None = None,
+    forward_only_first: bool = False,
     **parallel: Any,
 ) -> Row:
     """`teacher`: (TP, PP) of teacher and reference."""
@@ -76,6 +77,7 @@ def row(
         "parallel": tuple(layout.items()),
         "frozen": tuple(frozen.items()),
         "offload_optimizer": offload,
+        "forward_only_first": forward_only_first,
     }
     return Row(name, world, tuple(fields.items()))
 
@@ -115,6 +117,34 @@ ROWS = [
     row("DP2, distributed optimizer", 2, distopt=True),
     row("DP2, distributed optimizer, offload", 2, distopt=True, offload=True),
     row("DP2, distributed optimizer, overlapped", 2, distopt=True, overlap=True),
+    # The head's gradient is written by the loss itself, and forward-only passes write none.
+    row("forward-only passes between", 1, forward_only_first=True),
+    row("TP2 + SP, forward-only passes between", 2, tp=2, sp=True, forward_only_first=True),
+    row("PP2, forward-only passes between", 2, pp=2, forward_only_first=True),
+    row(
+        "DP2, distributed optimizer, overlapped, forward-only passes between",
+        2,
+        distopt=True,
+        overlap=True,
+        forward_only_first=True,
+    ),
+    row(
+        "TP2 x PP2 + SP, overlapped, forward-only passes between",
+        4,
+        tp=2,
+        pp=2,
+        sp=True,
+        overlap=True,
+        forward_only_first=True,
+    ),
+    row(
+        "DP2 x TP2 + SP, distributed optimizer, overlapped",
+        4,
+        tp=2,
+        sp=True,
+        distopt=True,
+        overlap=True,
+    ),
     row("CP2", 2, cp=2),
     row("CP2, packed", 2, cp=2, packed=70),
     row("CP2, packed, distributed optimizer", 2, cp=2, packed=70, distopt=True),

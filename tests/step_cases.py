@@ -33,16 +33,17 @@ from megatron_sgopd.config.schema import (
 from megatron_sgopd.doctor import full_gradients
 from megatron_sgopd.frozen import Frozen
 from megatron_sgopd.hf_weights import iter_hf_weights
-from megatron_sgopd.loss import Objective
+from megatron_sgopd.loss import Objective, outcome_of
 from megatron_sgopd.metrics import Clock
 from megatron_sgopd.parallel import Groups
 from megatron_sgopd.roles import Vocabulary, load_reference, load_student, load_teacher
 from megatron_sgopd.student import Student, make_student
+from megatron_sgopd.tie_width import measure_tie_width
 from megatron_sgopd.train_step import (
     accumulate_gradients,
     gather_metrics,
-    measure_tie_width,
     prepare,
+    run_schedule,
     train_step,
 )
 from megatron_sgopd.types import Completion, Prompt, Rollout
@@ -69,6 +70,7 @@ class StepCase:
     parallel: tuple[tuple[str, Any], ...] = ()  # other fields of ParallelConfig
     frozen: tuple[tuple[str, Any], ...] = ()  # fields of the teacher's and reference's config
     offload_optimizer: bool = False
+    forward_only_first: bool = False  # and after: they must leave no gradient
     dtype: str = "float32"
     flash: bool = False  # let torch take its flash kernel
 
@@ -290,7 +292,20 @@ def gradients_of(case: StepCase, parts: Parts, rollouts: list[Rollout]) -> tuple
         parts.config,
         parts.groups,
     )
+    if case.forward_only_first:  # a self-test or a tie width between steps must leave nothing
+        run_schedule(
+            parts.student,
+            prepared.work,
+            parts.objective,
+            lambda part, result: None,
+            forward_only=True,
+        )
     loss, sums = accumulate_gradients(parts.student, prepared.work, parts.objective)
+    if case.forward_only_first:
+        kept = [p.main_grad.clone() for p in parts.student.model.parameters()]
+        measure_tie_width(parts.student, parts.teacher, rollouts, parts.config)
+        for p, g in zip(parts.student.model.parameters(), kept, strict=True):
+            assert torch.equal(p.main_grad, g), "a forward-only pass wrote a gradient"
     metrics = gather_metrics(parts.groups, loss, sums | prepared.sums, prepared.work)
     return metrics, full_gradients(parts.student)
 
@@ -410,6 +425,58 @@ def self_teacher(case: StepCase) -> dict[str, float]:
         metrics, gradients = gradients_of(case, parts, rollouts)
         norm = max(float(g.abs().max()) for g in gradients.values())
     return {"eps": eps, "open": metrics["gate/open_rate"], "gradient": norm}
+
+
+def open_gates_of_a_self_teacher(case: StepCase, batches: int) -> float:
+    """The largest share of open gates in many batches, with the tie width of the first."""
+    case = replace(case, teacher=case.student, reference=case.student)
+    with groups_of(case) as groups:
+        parts = assemble_parts(case, groups)
+        largest = 0.0
+        for seed in range(batches):
+            rollouts = draw_any_rollouts(replace(case, seed=seed))
+            if seed == 0:
+                eps = measure_tie_width(parts.student, parts.teacher, rollouts, parts.config)
+                parts = replace(parts, objective=Objective.of(parts.config, eps))
+            work = prepare(
+                parts.teacher, parts.reference, rollouts, parts.objective, parts.config, groups
+            ).work
+
+            def share(part: Any, result: Any, options: Any = parts.objective.options) -> float:
+                gate = sgopd.gate_of(result.statistics, outcome_of(part), options)
+                return float(gate.float().mean())
+
+            seen = run_schedule(parts.student, work, parts.objective, share, forward_only=True)
+            largest = max(largest, *seen)
+    return largest
+
+
+def _centred(stats: Any, outcome: sgopd.Outcome, opt: sgopd.MethodOptions) -> sgopd.Coefficients:
+    """OPD whose tokens are weighted by their distance from the batch's mean T - S."""
+    assert outcome.batch_sums is not None and outcome.sequence_ids is not None
+    total, count = outcome.batch_sums
+    a2 = sgopd.teacher_signal(stats)
+    return sgopd.Coefficients(a2 - total / count, torch.zeros_like(a2, dtype=torch.bool), 0.0 * a2)
+
+
+def _mean_gap(stats: Any, outcome: sgopd.Outcome) -> Tensor:
+    a2 = sgopd.teacher_signal(stats)
+    trained = stats.student_logprobs != 0
+    return torch.stack([a2[trained].sum().double(), trained.sum().double()])
+
+
+def gradients_of_a_batch_method(case: StepCase) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradients) of a method that needs sums over the step's global batch."""
+    method = sgopd.Method(_centred, token_local=False, summarize=_mean_gap)
+    sgopd.METHODS["centred"] = method
+    try:
+        with groups_of(replace(case, method="centred")) as groups:
+            parts = assemble_parts(replace(case, method="centred"), groups)
+            parts = replace(parts, objective=replace(parts.objective, method="centred"))
+            metrics, gradients = gradients_of(case, parts, draw_any_rollouts(case))
+    finally:
+        del sgopd.METHODS["centred"]
+    return metrics["train/loss"], gradients
 
 
 def padding_errors(

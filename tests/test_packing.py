@@ -136,6 +136,15 @@ def test_packed_by_hand() -> None:
     assert torch.allclose(batch.sampled_logprobs, torch.tensor([[0, -0.7, -0.8, -0.9, -0.3]]))
 
 
+def test_sequence_ids_tell_the_rollouts_of_a_micro_batch_apart() -> None:
+    rollouts = [rollout((5, 6), (7, 8, 9)), rollout((4,), (3,)), rollout((1,), (2, 3))]
+    (padded,) = micro_batches(rollouts)
+    (packed,) = micro_batches(rollouts, max_tokens=16)
+    assert padded.sequence_ids.tolist() == [[0] * 4, [1] * 4, [2] * 4]
+    assert packed.sequence_ids[packed.loss_mask].bincount().tolist() in ([3, 2, 1], [3, 1, 2])
+    assert packed.context_shard(0, 1).sequence_ids.shape == packed.shape
+
+
 def test_packed_sequences_are_aligned_and_a_fill_is_a_sequence_of_its_own() -> None:
     rollouts = [rollout((5, 6), (7, 8, 9, 1)), rollout((4,), (3,))]
     (batch,) = micro_batches(rollouts, max_tokens=16, align_sequence=4, align=4)

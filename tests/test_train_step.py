@@ -126,3 +126,43 @@ def test_a_teacher_that_is_the_student_leaves_the_gate_closed(
         assert got["open"] == 0.0
         assert got["gradient"] < 1e-6
         assert got["eps"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("tp", "frozen", "estimator"),
+    [
+        (1, (), "sampled"),
+        (2, (), "full_vocab"),
+        (2, (("tensor_model_parallel_size", 1),), "sampled"),
+    ],
+    ids=["one, sampled", "TP2, full_vocab", "teacher TP1, sampled"],
+)
+def test_a_self_teacher_opens_no_gate_in_a_hundred_batches(
+    pool: Any, models: dict[bool, StepCase], tp: int, frozen: Any, estimator: str
+) -> None:
+    case = replace(models[False], tp=tp, frozen=frozen, estimator=estimator)
+    assert pool(tp).run(step_cases.open_gates_of_a_self_teacher, case, 100) == [0.0] * tp
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, {"micro_batch_size": 1}),
+        (2, {}),
+        (2, {"tp": 2}),
+        (2, {"parallel": (("pipeline_model_parallel_size", 2),)}),
+    ],
+    ids=["micro-batches", "DP2", "TP2", "PP2"],
+)
+@pytest.mark.parametrize("estimator", ["sampled", "full_vocab"])
+def test_a_method_that_needs_the_whole_batch_has_its_sums_in_every_layout(
+    pool: Any, models: dict[bool, StepCase], world: int, layout: dict[str, Any], estimator: str
+) -> None:
+    case = replace(models[False], estimator=estimator, micro_batch_size=4)
+    loss, expected = pool(1).run(step_cases.gradients_of_a_batch_method, case)[0]
+    for got, gradients in pool(world).run(
+        step_cases.gradients_of_a_batch_method, replace(case, **layout)
+    ):
+        assert got == pytest.approx(loss, rel=1e-5)
+        for name, gradient in expected.items():
+            assert (gradients[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), name

@@ -26,11 +26,32 @@ CASES = [
     Case(vocab=5, estimator="full_vocab", as_hidden=True),
     Case(method="opdvr"),
     Case(method="sft"),
+    Case(sliced=True, overwrite=True),
+    Case(estimator="full_vocab", sliced=True, overwrite=True, temperature=0.8),
+    Case(estimator="full_vocab", sliced=True, student_as_hidden=True, as_hidden=True),
+    Case(estimator="full_vocab", student_as_hidden=True, as_hidden=True, temperature=1.2),
+    Case(sliced=True, student_as_hidden=True, as_hidden=True, temperature=1.2),
+    Case(estimator="full_vocab", divergence="forward_kl"),
+    Case(estimator="full_vocab", divergence="forward_kl", sliced=True, student_as_hidden=True),
+    Case(estimator="full_vocab", divergence="jsd", beta=0.3, temperature=0.8),
+    Case(estimator="full_vocab", divergence="jsd", beta=0.9, method="opd"),
+    Case(estimator="full_vocab", divergence="jsd", sliced=True, student_as_hidden=True),
+    Case(estimator="full_vocab", divergence="jsd", beta=0.0),
+    Case(estimator="full_vocab", divergence="jsd", beta=1.0),
+    Case(estimator="full_vocab", method="opd", top_k=5),
+    Case(estimator="full_vocab", method="opd", top_k=5, temperature=0.7, student_as_hidden=True),
+    Case(estimator="full_vocab", method="opd", top_k=4, divergence="forward_kl", vocab=5),
+    Case(estimator="full_vocab", method="opd", top_k=50, divergence="jsd"),  # no tail is left
 ]
 
 
 def label(case: Case) -> str:
     flags = [case.method, case.estimator, f"v{case.vocab}", case.dtype]
+    flags += [case.divergence] if case.divergence != "reverse_kl" else []
+    flags += [f"beta{case.beta}"] if case.divergence == "jsd" else []
+    flags += [f"top{case.top_k}"] if case.top_k else []
+    flags += ["sliced"] * case.sliced + ["from-hidden"] * case.student_as_hidden
+    flags += ["in-place"] * case.overwrite
     flags += ["hidden"] * case.as_hidden + ["candidate"] * case.candidate
     return "-".join([*flags, f"T{case.temperature}"])
 

@@ -31,6 +31,12 @@ class Case:
     chunk_tokens: int | None = 7
     as_hidden: bool = False  # frozen models as (hidden, head); `sampled` as log-probs
     candidate: bool = False
+    divergence: str = "reverse_kl"
+    beta: float = 0.5
+    top_k: int | None = None
+    sliced: bool = False  # coefficients that can be asked about some tokens
+    student_as_hidden: bool = False
+    overwrite: bool = False
     seed: int = 0
 
 
@@ -89,8 +95,13 @@ def loss_options(case: Case, x: Inputs) -> dict[str, Any]:
     return {
         "tokens": x.tokens,
         "mask": x.mask,
-        "coefficients": lambda stats: function(stats, x.outcome),
+        "coefficients": function.of(x.outcome)
+        if case.sliced
+        else lambda stats: function(stats, x.outcome),
         "lambdas": lambdas,
+        "divergence": case.divergence,
+        "beta": case.beta,
+        "top_k": case.top_k,
         "estimator": case.estimator,
         "temperature": case.temperature,
         "token_scale": x.token_scale,
@@ -132,12 +143,18 @@ def compare(case: Case) -> dict[str, Any]:
     x, dtype = draw(case), getattr(torch, case.dtype)
     full = x.student.clone().requires_grad_()
     options = loss_options(case, x)
-    expected = distillation_loss_reference(full, x.teacher, reference=x.reference, **options)
+    reference = None if case.top_k is not None else x.reference
+    expected = distillation_loss_reference(full, x.teacher, reference=reference, **options)
     expected.backward()
 
     shards = [my_shard(rows, group, dtype) for rows in (x.student, x.teacher, x.reference)]
     student = shards[0].clone().requires_grad_()
-    frozen: list[Any] = [as_head(s) if case.as_hidden else s for s in shards[1:]]
+    given: Any = student * 1.0 if case.overwrite else student
+    if case.student_as_hidden:  # the head is the logits themselves
+        given = (torch.eye(len(student), dtype=dtype), student.T)
+    if case.top_k is not None:
+        shards[2] = None
+    frozen: list[Any] = [as_head(s) if case.as_hidden and s is not None else s for s in shards[1:]]
     passes: list[str] = []
     scoring = {k: options[k] for k in ("tokens", "mask", "temperature")} | {
         "group": group,
@@ -150,12 +167,13 @@ def compare(case: Case) -> dict[str, Any]:
     backward: list[str] = []
     with counting_collectives(forward):
         result = distillation_loss(
-            student,
+            given,
             frozen[0],
             reference=frozen[1],
             group=group,
             vocab_size=case.vocab,
             chunk_tokens=case.chunk_tokens,
+            overwrite_student=case.overwrite,
             **options,
         )
     with counting_collectives(backward):
@@ -175,7 +193,9 @@ def compare(case: Case) -> dict[str, Any]:
         ),
         "gradient": float((student.grad.double() - mine).abs().max() / full.grad.abs().max()),
         "logprobs": float((stats.student_logprobs.double() - picked).abs().max()),
-        "entropy": float((stats.student_entropy.double() - entropy).abs().max()),
+        "entropy": 0.0
+        if stats.student_entropy is None
+        else float((stats.student_entropy.double() - entropy).abs().max()),
         "masked": float(student.grad[~x.mask].abs().sum()),
         "padding": float(student.grad[:, valid:].abs().sum()),
         "forward": forward,
@@ -230,3 +250,33 @@ def gradcheck(estimator: str) -> bool:
         ).loss
 
     return bool(torch.autograd.gradcheck(loss, (student,), atol=1e-8, rtol=1e-6))
+
+
+def tied_top_k() -> Tensor:
+    """The whole gradient of a top-k loss whose teacher has ties at rank k, put together."""
+    group = dist.group.WORLD if dist.get_world_size() > 1 else None
+    rank, size, vocab = dist.get_rank(), dist.get_world_size(), 8
+    student = torch.linspace(-1.0, 1.0, 3 * vocab, dtype=torch.float64).view(3, vocab)
+    teacher = torch.zeros(3, vocab, dtype=torch.float64)
+    teacher[:, 5] = 1.0  # then seven columns tie for two places
+    width = vocab // size
+    mine = slice(rank * width, (rank + 1) * width)
+    x = student[:, mine].clone().requires_grad_()
+    function = sgopd.coefficients("opd")
+    outcome = sgopd.Outcome(torch.zeros(3), torch.zeros(3).bool(), torch.zeros(3).bool())
+    distillation_loss(
+        x,
+        teacher[:, mine].contiguous(),
+        tokens=torch.tensor([0, 3, 7]),
+        mask=torch.ones(3),
+        group=group,
+        vocab_size=vocab,
+        coefficients=function.of(outcome),
+        lambdas=(1.0,),
+        estimator="full_vocab",
+        top_k=3,
+    ).loss.backward()
+    assert x.grad is not None
+    parts = [torch.empty_like(x.grad) for _ in range(size)]
+    dist.all_gather(parts, x.grad.contiguous())
+    return torch.cat(parts, -1)

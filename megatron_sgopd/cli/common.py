@@ -25,9 +25,10 @@ def add_command(
     return command
 
 
-def add_recipe(command: argparse.ArgumentParser) -> None:
+def add_recipe(command: argparse.ArgumentParser, optional: bool = False) -> None:
     """RECIPE [key=value …]."""
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/…")
+    text = "a YAML file, such as recipes/…"
+    command.add_argument("recipe", metavar="RECIPE", nargs="?" if optional else None, help=text)
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as distill.gate.lambda_high=1.5"
     )

@@ -1,4 +1,7 @@
-"""`sgopd doctor [--parallel] RECIPE [key=value …]`: pre-flight checks of a recipe."""
+"""`sgopd doctor [--parallel] RECIPE [key=value …]`: pre-flight checks of a recipe.
+
+`sgopd doctor --numerics` tries a loss instead: `cli.numerics`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import os
 import tempfile
 from pathlib import Path
 
+from megatron_sgopd.cli import numerics
 from megatron_sgopd.cli.common import Commands, add_command, add_recipe, as_rank, rank_environment
 from megatron_sgopd.config.checks import resolve
+from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.layout import replica_size
 from megatron_sgopd.config.load import load_config
 from megatron_sgopd.config.schema import Config
@@ -17,19 +22,25 @@ from megatron_sgopd.versions import describe
 
 
 def add(commands: Commands) -> None:
-    text = "check a recipe's models, data and versions, or that its layout computes right"
+    text = "check a recipe's models, data and versions, or that its layout or a loss computes right"
     command = add_command(commands, "doctor", doctor, text)
-    add_recipe(command)
+    add_recipe(command, optional=True)
     command.add_argument(
         "--parallel",
         action="store_true",
         help="instead, compare the layout's loss and gradients with one rank's, on tiny models",
     )
+    numerics.add_arguments(command)
     command.add_argument("--result", help=argparse.SUPPRESS)  # the ranks' report, as JSON
 
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Exit code 0: nothing is wrong; 1: something is, or the self-test failed."""
+    if arguments.numerics:
+        return numerics.check_numerics(arguments)
+    numerics.refuse_elsewhere(arguments)
+    if arguments.recipe is None:
+        raise ConfigError("doctor wants a RECIPE, such as recipes/…, or --numerics")
     config = load_config(arguments.recipe, arguments.overrides)
     place = rank_environment(os.environ)
     resolved = resolve(config, int(place["WORLD_SIZE"]) if place else None)

@@ -36,6 +36,7 @@ AT_LEAST_ONE = (
     "model.reference.pipeline_model_parallel_size",
     "parallel.make_vocab_size_divisible_by",
     "distill.chunk_tokens",
+    "distill.top_k",
     "distill.phases.attempts",
     "rollout.num_prompts",
     "rollout.n",
@@ -105,6 +106,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _ranges(config)
     yield from _sampling(config)
     yield from _method(config)
+    yield from _divergence(config)
     yield from _gate(config)
     yield from evaluation_problems(config)
     yield from _verifier(config)
@@ -239,6 +241,39 @@ def _method(config: Config) -> Iterator[str]:
         yield (
             f"distill.phases has hold_frac {phases.hold_frac} and end_frac {phases.end_frac}; "
             "0 <= hold_frac <= end_frac <= 1 is wanted"
+        )
+
+
+def _divergence(config: Config) -> Iterator[str]:
+    """What goes with the divergences of `full_vocab` beside reverse KL."""
+    distill = config.distill
+    if not 0.0 <= distill.jsd_beta <= 1.0:
+        yield (
+            f"distill.jsd_beta is {distill.jsd_beta}; it lies between 0 (forward KL) and 1 "
+            "(reverse KL)"
+        )
+    if distill.estimator == "sampled":
+        if distill.divergence != "reverse_kl":
+            yield (
+                f"distill.divergence is {distill.divergence!r} with estimator sampled, which reads "
+                "one token of a row: set distill.estimator=full_vocab"
+            )
+        if distill.top_k is not None:
+            yield (
+                f"distill.top_k is {distill.top_k} with estimator sampled, which reads one token "
+                "of a row: set distill.estimator=full_vocab, or top_k to null"
+            )
+        return
+    gated = distill.method == "sg_opd" and distill.gate.full_vocab_mode == "candidate"
+    if gated and distill.divergence != "reverse_kl":
+        yield (
+            f"distill.divergence is {distill.divergence!r} with distill.gate.full_vocab_mode "
+            "candidate, which is a reverse KL: set the mode to row"
+        )
+    if distill.top_k is not None and needs_reference(config):
+        yield (
+            f"distill.top_k is {distill.top_k} with method {distill.method!r}, which extrapolates "
+            "beyond the teacher or reads the reference: top_k serves lambda 1 (opd, opdvr, grpd)"
         )
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from megatron_sgopd.config.schema import ParallelConfig
 from megatron_sgopd.plan.architecture import Architecture, ModelLayout
 
-# fp32 buffers of chunk_tokens x V rows that the loss holds at its peak, beside the gradient:
-# measured by the same tests.
-CHUNK_BUFFERS = {"sampled": 5.0, "full_vocab": 8.5}
-SCORING_BUFFERS = 4.0
+# What the loss takes for one chunk's logits, and the scratch of its passes. The same numbers are in
+# vocab_parallel (projection.py, blocks.py), which imports torch.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
+SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+LEAST_TOKENS = 256
+HEAD_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,38 @@ def forward_bytes(model: Architecture, layout: ModelLayout, shape: Shape, kind: 
     return stream * b + max(wide, mixed * b + max(rotary, norm))
 
 
-def logits_bytes(model: Architecture, layout: ModelLayout, shape: Shape, b: int) -> int:
-    """One shard of a micro-batch's logits."""
-    return shape.tokens(layout) * layout.vocab_rows(model) * b
+@dataclass(frozen=True)
+class LossChunks:
+    """The logits of one chunk of tokens, which are all that exist at once.
 
+    `models`: those whose rows are read (1 to 3). `sets`: chunks at hand at once; with tensor
+    parallelism the next one is projected while the last one's statistics travel.
+    """
 
-def chunk_workspace_bytes(tokens: int, rows: int, chunk_tokens: int, buffers: float) -> int:
-    return int(min(tokens, chunk_tokens) * rows * 4 * buffers)
+    rows: int  # of the vocabulary on this rank
+    models: int
+    sets: int
+    chunk_tokens: int | None = None  # the recipe's override
+    device: str = "cuda"
+
+    @property
+    def tokens(self) -> int:
+        """Of a chunk, if there are as many."""
+        each = 4 * self.rows * self.models * self.sets
+        return self.chunk_tokens or max(LEAST_TOKENS, CHUNK_BYTES[self.device] // each)
+
+    def logits_bytes(self, tokens: int, b: int) -> int:
+        """Of the fp32 buffers and the scratch; `b`: of an element of the models' type.
+
+        The head's products in its own type lie beside them where that is not fp32.
+        """
+        n = min(tokens, self.tokens)
+        fp32 = 4 * n * self.rows * self.models * self.sets
+        scratch = min(SCRATCH_BYTES[self.device], 4 * n * self.rows * (1 + self.models))
+        return fp32 + scratch + (0 if b == 4 else n * self.rows * b)
+
+    def gradient_bytes(self, tokens: int, hidden: int, b: int) -> int:
+        """The student's: of all hidden states, a chunk's states, and rows of the head."""
+        n = min(tokens, self.tokens)
+        head = 0 if b == 4 else min(self.rows, HEAD_ROWS) * hidden * b
+        return (tokens + 2 * n) * hidden * b + head

@@ -13,16 +13,13 @@ from math import lcm
 
 from megatron_sgopd.config.layout import has_own_layout
 from megatron_sgopd.plan.activations import (
-    CHUNK_BUFFERS,
-    SCORING_BUFFERS,
     Arithmetic,
+    LossChunks,
     Shape,
     chunk_bytes,
-    chunk_workspace_bytes,
     end_bytes,
     forward_bytes,
     largest_shape,
-    logits_bytes,
     working_bytes,
 )
 from megatron_sgopd.plan.architecture import Architecture, ModelLayout
@@ -249,8 +246,7 @@ class _Estimate:
         rows = layout.vocab_rows(model)
         items["frozen_forward"] = max(
             forward_bytes(model, layout, self.shape, self.kind),
-            tokens * model.hidden * b
-            + chunk_workspace_bytes(tokens, rows, config.distill.chunk_tokens, SCORING_BUFFERS),
+            tokens * model.hidden * b + self._chunks(rows, 1, 1).logits_bytes(tokens, b),
         )
         return items
 
@@ -299,19 +295,22 @@ class _Estimate:
         return items | {"logits": logits, "working": max(0, work - logits)}
 
     def _logits_workspace(self) -> int:
-        """Logits and their gradient, the chunks of the loss, frozen models' gathered states."""
-        config, b, layout = self.job.config, self.kind.element_bytes, self.layout
+        """A chunk's logits, the gradients they end in, frozen models' gathered states."""
+        b, layout = self.kind.element_bytes, self.layout
         tokens = self.shape.tokens(layout)
         full = self.full_vocab and bool(self.job.roles())
-        total = 2 * logits_bytes(self.student, layout, self.shape, b) + chunk_workspace_bytes(
-            tokens,
-            layout.vocab_rows(self.student),
-            config.distill.chunk_tokens,
-            CHUNK_BUFFERS["full_vocab" if full else "sampled"],
-        )
+        models = 1 + (len(self.job.roles()) if full else 0)
+        chunks = self._chunks(layout.vocab_rows(self.student), models, 2 if layout.tp > 1 else 1)
+        total = chunks.logits_bytes(tokens, b)
+        total += chunks.gradient_bytes(tokens, self.student.hidden, b)
+        total += tokens * self.student.hidden * b  # hidden states in the loss's order
         if full:
             total += sum(tokens * self.models[role].hidden * b for role in self.job.roles())
         return total
+
+    def _chunks(self, rows: int, models: int, sets: int) -> LossChunks:
+        device = "cuda" if self.kind.fused_norms else "cpu"
+        return LossChunks(rows, models, sets, self.job.config.distill.chunk_tokens, device)
 
     def _update(self, stage: int) -> Items:
         """AdamW over many tensors at once holds one more fp32 value of each; so do the gradients

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from megatron_sgopd.vocab_parallel.softmax import Softmax
 
-# All scratch of a pass together. CPUs: about the second-level cache of a core or two; from 1 to 4
-# MiB a buffer the speed is flat (LOG.md). GPUs run few large operations instead.
-SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# One buffer of a pass. CPUs: a little less than a core's second-level cache; from 0.5 to 4 MiB the
+# speed is flat (LOG.md). GPUs run few large operations instead.
+BUFFER_BYTES = {"cpu": 896 * 2**10, "cuda": 64 * 2**20}
 
 Place = slice | Tensor  # where a block's tokens are in a matrix: a range of rows, or their indices
 
@@ -66,14 +66,14 @@ class Chunk:
         picked = matrix[place, self.local_token]
         return picked.masked_fill(~self.owned, -torch.inf)
 
-    def subtract_at_tokens(self, amount: Tensor) -> None:
-        """student[token] -= amount [n], where this rank holds the token."""
-        place = self.place
-        if isinstance(place, slice):
-            place = torch.arange(place.start, place.stop, device=amount.device)
-        rows, columns = place[self.owned], self.local_token[self.owned]
-        value = self.student[rows, columns].to(amount.dtype) - amount[self.owned]
-        self.student[rows, columns] = value.to(self.student.dtype)
+    def subtract_at_tokens(self, values: Tensor, block: slice, amount: Tensor) -> None:
+        """values[token] -= amount [b] in a block [b, V], where this rank holds the token.
+
+        Before the block is rounded to the matrix's type: p - 1 of a near-certain token would be
+        lost in the difference of two rounded numbers.
+        """
+        rows = self.owned[block].nonzero()[:, 0]
+        values[rows, self.local_token[block][rows]] -= amount[rows].to(values.dtype)
 
 
 def together(indices: Tensor) -> Place:
@@ -90,9 +90,10 @@ class Scratch:
     def __init__(
         self, num_buffers: int, width: int, dtype: torch.dtype, device: torch.device, limit: int
     ) -> None:
-        budget = SCRATCH_BYTES["cuda" if device.type == "cuda" else "cpu"]
+        """`limit`: rows that there are; no block is longer."""
+        budget = BUFFER_BYTES["cuda" if device.type == "cuda" else "cpu"]
         row_bytes = max(1, width) * dtype.itemsize
-        self.num_rows = max(1, min(budget // (num_buffers * row_bytes), max(1, limit)))
+        self.num_rows = max(1, min(budget // row_bytes, max(1, limit)))
         self._buffers = [
             torch.empty(self.num_rows, width, dtype=dtype, device=device)
             for _ in range(num_buffers)

@@ -18,10 +18,9 @@ from megatron_sgopd.vocab_parallel.blocks import (
     destination,
     exponentials,
     load,
-    store,
     weighted_sum,
 )
-from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective
+from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective, nonzero, part
 from megatron_sgopd.vocab_parallel.softmax import Columns
 
 # (a2 [b, V], places of the b tokens among all T) -> lambda [b, V]
@@ -58,6 +57,7 @@ class Candidate(Objective):
     ) -> None:
         weight, additive = c.per_logit(self.temperature)
         slope = (-weight).to(self.shard.dtype)[:, None]
+        imitated = nonzero(additive)
         bias = (additive - weight * divergence).to(self.shard.dtype)[:, None]
         for block, p, advantage, _ in self._advantages(chunk, local, found):
             rows = chunk.rows(block)
@@ -66,8 +66,7 @@ class Candidate(Objective):
             torch.mul(p, advantage, out=out)
             if self.careful:
                 out.masked_fill_(p == 0, 0.0)
-            store(chunk.student, rows, out)
-        self.imitate(chunk, additive)
+            self.finish(chunk, block, out, part(imitated, block))
 
     def _advantages(
         self, chunk: Chunk, local: Columns, found: Found

@@ -26,10 +26,15 @@ from megatron_sgopd.vocab_parallel.blocks import (
     destination,
     exponentials,
     load,
-    store,
     weighted_sum,
 )
-from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, is_one
+from megatron_sgopd.vocab_parallel.objective import (
+    Coefficients,
+    Found,
+    is_one,
+    nonzero,
+    part,
+)
 from megatron_sgopd.vocab_parallel.reverse_kl import TowardTarget
 from megatron_sgopd.vocab_parallel.softmax import Columns, Softmax, mean
 
@@ -141,6 +146,7 @@ class ForwardKL(BothRows):
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         weight, additive = c.per_logit(self.temperature)
+        imitated = nonzero(additive)
         student, target = self.local_log_totals(found, c)
         of_p = ((weight + additive) * (-student).exp()).to(self.shard.dtype)[:, None]
         of_q = (-weight * (-target).exp()).to(self.shard.dtype)[:, None]
@@ -149,8 +155,7 @@ class ForwardKL(BothRows):
             rows = chunk.rows(block)
             out = destination(chunk.student, rows, x)
             torch.addcmul(x, h.mul_(self.c).exp2_(), of_q[block], out=out)
-            store(chunk.student, rows, out)
-        self.imitate(chunk, additive)
+            self.finish(chunk, block, out, part(imitated, block))
 
 
 class JensenShannon(BothRows):
@@ -177,6 +182,7 @@ class JensenShannon(BothRows):
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         weight, additive = c.per_logit(self.temperature)
+        imitated = nonzero(additive)
         student, target = self.local_log_totals(found, c)
         slope = (-(1.0 - self.beta) * weight).to(self.shard.dtype)[:, None]
         constant = additive - (1.0 - self.beta) * weight * self._student_to_mixture
@@ -185,8 +191,8 @@ class JensenShannon(BothRows):
             rows = chunk.rows(block)
             w = torch.addcmul(bias[block], w, slope[block], out=w)
             out = destination(chunk.student, rows, w)
-            store(chunk.student, rows, torch.mul(p, w, out=out))
-        self.imitate(chunk, additive)
+            torch.mul(p, w, out=out)
+            self.finish(chunk, block, out, part(imitated, block))
 
     def _mixture(
         self,

@@ -338,12 +338,10 @@ def _one_pass(task: _Task, whole: Chunk) -> _Piece:
         asked.append(c)
         divergence = objective.divergence(part, columns, found, c)
         constants = objective.constants(found, c, divergence)
-        objective.block_gradient(whole, block, columns, *constants)
+        objective.block_gradient(whole, block, columns, constants)
     found = objective.merge(whole, objective.columns(local.storage[None].double()))
     c = Coefficients.joined(asked)
-    piece = task.finish(whole, local, found, c, write=False)
-    objective.imitate(whole, c.per_logit(objective.temperature)[1])
-    return piece
+    return task.finish(whole, local, found, c, write=False)
 
 
 def _clear_others(working: Tensor, shard: Shard) -> None:

@@ -43,6 +43,16 @@ from megatron_sgopd.vocab_parallel.softmax import (
 Lambda = float | Tensor  # a number, or one per token [T]
 
 
+def nonzero(values: Tensor) -> Tensor | None:
+    """The values, or None where all are 0."""
+    return values if bool(values.any()) else None
+
+
+def part(values: Tensor | None, block: slice) -> Tensor | None:
+    """A block's part of values that may not be there."""
+    return None if values is None else values[block]
+
+
 def is_one(lam: Lambda) -> bool:
     return not isinstance(lam, Tensor) and lam == 1.0
 
@@ -245,10 +255,11 @@ class Objective(ABC):
     ) -> None:
         """Writes scale * (weight dD - additive d log p(y)) over the student's rows."""
 
-    def imitate(self, chunk: Chunk, additive: Tensor) -> None:
-        """Subtracts the additive term at the sampled tokens, if there is any."""
-        if bool((additive != 0).any()):
-            chunk.subtract_at_tokens(additive.to(self.shard.dtype))
+    def finish(self, chunk: Chunk, block: slice, out: Tensor, additive: Tensor | None) -> None:
+        """Puts a block in its place, the additive term [b] subtracted at the sampled tokens."""
+        if additive is not None:
+            chunk.subtract_at_tokens(out, block, additive)
+        store(chunk.student, chunk.rows(block), out)
 
     # -- what blocks have in common ----------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from megatron_sgopd.vocab_parallel.shard import Rows, Shard
 # GPUs: 512 rows of 152,000 columns of two models, enough to fill the chip (docs/performance.md).
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
 LEAST_TOKENS = 256  # of a chunk: what a coefficient function sees at once
-HEAD_ROWS = 8192  # of the head whose gradient is made at once, where it must be converted
+HEAD_ROWS = 8192  # of the head at once where logits and gradients are converted
 
 
 class Projection:
@@ -42,14 +42,14 @@ class Projection:
         self.device = student.device if isinstance(student, Tensor) else student[0].device
         self.size = chunk_tokens or self._default_size(buffers)
         self.size = max(1, min(self.size, len(shard.active)))
+        self.num_sets = min(buffers, -(-len(shard.active) // self.size)) or 1
         self._sets = [
             {
                 name: torch.empty(self.size, shard.valid, dtype=shard.dtype, device=self.device)
                 for name in models
             }
-            for _ in range(buffers)
+            for _ in range(self.num_sets)
         ]
-        self.num_sets = buffers
         self.hidden_grad: Tensor | None = None
         self.head_grad: Tensor | None = None
         if with_gradient:
@@ -110,14 +110,15 @@ class Projection:
         if head.dtype == out.dtype:
             torch.mm(hidden, head.T, out=out)
         elif out.is_cuda:
-            out.copy_(torch.mm(hidden, head.T, out_dtype=out.dtype))
+            torch.mm(hidden, head.T, out_dtype=out.dtype, out=out)
         else:
             # CPUs give the product in the inputs' type. What that rounding took from the student's
             # logits is added by a second product; it is most of the gradient's error (LOG.md).
-            rounded = torch.mm(hidden, head.T)
-            out.copy_(rounded)
-            if name == "student":
-                out.add_(torch.addmm(rounded, hidden, head.T, beta=-1.0))
+            for piece in _slices(valid):
+                rounded = torch.mm(hidden, head[piece].T)
+                out[:, piece] = rounded
+                if name == "student":
+                    out[:, piece] += rounded.addmm_(hidden, head[piece].T, beta=-1.0)
 
     def _select(self, hidden: Tensor, index: Tensor) -> Tensor:
         return hidden if len(index) == len(hidden) else hidden.index_select(0, index)
@@ -131,14 +132,23 @@ class Projection:
             rows = chunk.student.to(student.dtype)
             self.logits_grad[:, : self.shard.valid].index_copy_(0, chunk.index, rows)
             return
-        hidden, head = student[0].detach(), student[1].detach()
-        grad = chunk.student.to(head.dtype)
-        if self.hidden_grad is not None:
-            product = torch.mm(grad, head[: self.shard.valid]).to(hidden.dtype)
-            self.hidden_grad.index_copy_(0, chunk.index, product)
-        if student[1].requires_grad:
-            states = self._select(hidden, chunk.index).to(head.dtype)
-            add_outer(self._head_sum[: self.shard.valid], grad, states)
+        grad, hidden, head = chunk.student, student[0].detach(), student[1].detach()
+        states = self._select(hidden, chunk.index).to(head.dtype)
+        # In the head's own type at once; else a slice of the vocabulary at a time, so that what is
+        # converted stays small and its sums are fp32.
+        whole = head.dtype == grad.dtype
+        product = None
+        for piece in [slice(0, self.shard.valid)] if whole else _slices(self.shard.valid):
+            part = grad[:, piece].to(head.dtype)
+            if self.hidden_grad is not None:
+                more = product_in(grad.dtype, part, head[piece])
+                product = more if product is None else product.add_(more)
+            if student[1].requires_grad and whole:
+                self._head_sum[piece].addmm_(part.T, states)
+            elif student[1].requires_grad:
+                self._head_sum[piece] += product_in(self._head_sum.dtype, part.T, states)
+        if self.hidden_grad is not None and product is not None:
+            self.hidden_grad.index_copy_(0, chunk.index, product.to(hidden.dtype))
 
     def finished_head_grad(self) -> Tensor | None:
         """The head's gradient in its own type; None where it is in `main_grad` or not wanted."""
@@ -148,15 +158,14 @@ class Projection:
         return self._head_sum.to(student[1].dtype)
 
 
-def add_outer(total: Tensor, grad: Tensor, states: Tensor) -> None:
-    """total [V, D] += grad^T [V, n] states [n, D], without a [V, D] buffer beside it."""
-    if total.dtype == grad.dtype:
-        total.addmm_(grad.T, states)
-        return
-    for i in range(0, len(total), HEAD_ROWS):
-        part = grad[:, i : i + HEAD_ROWS].T
-        if grad.is_cuda and total.dtype == torch.float32:
-            product = torch.mm(part, states, out_dtype=torch.float32)
-        else:
-            product = torch.mm(part, states)
-        total[i : i + HEAD_ROWS] += product
+def _slices(rows: int) -> list[slice]:
+    return [slice(i, min(i + HEAD_ROWS, rows)) for i in range(0, rows, HEAD_ROWS)]
+
+
+def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """a b in `dtype`, which GPUs can give for inputs of half precision."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)

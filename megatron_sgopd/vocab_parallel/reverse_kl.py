@@ -9,7 +9,7 @@ normaliser is its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from megatron_sgopd.vocab_parallel.blocks import (
     destination,
     exponentials,
     load,
-    store,
     weighted_sum,
 )
 from megatron_sgopd.vocab_parallel.objective import (
@@ -29,6 +28,7 @@ from megatron_sgopd.vocab_parallel.objective import (
     Lambda,
     Objective,
     is_one,
+    nonzero,
 )
 from megatron_sgopd.vocab_parallel.softmax import Columns, Merged, Softmax, mean, merge, over
 
@@ -74,6 +74,21 @@ class TowardTarget(Objective):
         if self.careful:  # where the teacher excludes a column, whatever the reference says
             out.masked_fill_(t == -torch.inf, -torch.inf)
         return out
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Of each token: its gradient is e (slope d + bias), d with the gap's share, less additive."""
+
+    slope: Tensor  # [b, 1], as the next two
+    bias: Tensor
+    less: Tensor | None  # 1 - lambda; None where every lambda is 1
+    additive: Tensor | None  # [b], at the sampled token; None where all are 0
+
+    def part(self, block: slice) -> Constants:
+        less = None if self.less is None else self.less[block]
+        additive = None if self.additive is None else self.additive[block]
+        return Constants(self.slope[block], self.bias[block], less, additive)
 
 
 class ReverseKL(TowardTarget):
@@ -146,17 +161,13 @@ class ReverseKL(TowardTarget):
     def gradient(
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
-        slope, bias, less = self.constants(found, c, divergence)
+        constants = self.constants(found, c, divergence)
         for block in self.scratch(chunk).blocks(len(chunk)):
             columns = local.at(block, self.layout)
-            extra = None if less is None else less[block]
-            self.block_gradient(chunk, block, columns, slope[block], bias[block], extra)
-        self.imitate(chunk, c.per_logit(self.temperature)[1])
+            self.block_gradient(chunk, block, columns, constants.part(block))
 
-    def constants(
-        self, found: Found, c: Coefficients, divergence: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(slope, bias, 1 - lambda), [n, 1] each: the gradient is e (slope d + bias)."""
+    def constants(self, found: Found, c: Coefficients, divergence: Tensor) -> Constants:
+        """What a token's gradient is made with, for all tokens of a chunk or of a block."""
         weight, additive = c.per_logit(self.temperature)
         share, shift = self.own(found.student)
         constant = self.choose([self.offset(found, t) for t in found.targets], c) - divergence
@@ -173,30 +184,26 @@ class ReverseKL(TowardTarget):
         bias = (weight * constant + additive) * per_mass
         columns = torch.stack([slope, bias] if extra is None else [slope, bias, -extra])
         columns = columns.to(self.shard.dtype)[..., None]
-        return columns[0], columns[1], None if extra is None else columns[2]
+        less = None if extra is None else columns[2]
+        return Constants(columns[0], columns[1], less, nonzero(additive))
 
     def block_gradient(
-        self,
-        chunk: Chunk,
-        block: slice,
-        columns: Columns,
-        slope: Tensor,
-        bias: Tensor,
-        less: Tensor | None,
+        self, chunk: Chunk, block: slice, columns: Columns, constants: Constants
     ) -> None:
-        """Writes a block's gradient from its tokens' constants [b, 1]."""
+        """Writes a block's gradient from its tokens' constants."""
+        less = constants.less
         opened = less is not None and bool(less.any())
         e, d, gap = self._terms(chunk, block, columns, opened)
         if opened and less is not None and gap is not None:
             if self.careful:
                 gap.nan_to_num_(0.0, 0.0, 0.0)
             d = torch.addcmul(d, gap, less, out=d)
-        torch.addcmul(bias, d, slope, out=d)
+        torch.addcmul(constants.bias, d, constants.slope, out=d)
         rows = chunk.rows(block)
         out = torch.mul(e, d, out=destination(chunk.student, rows, d))
         if self.careful:
             out.masked_fill_(e == 0, 0.0)
-        store(chunk.student, rows, out)
+        self.finish(chunk, block, out, constants.additive)
 
     def _terms(
         self, chunk: Chunk, block: slice, columns: Columns, opened: bool

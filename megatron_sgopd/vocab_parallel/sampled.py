@@ -15,7 +15,6 @@ from megatron_sgopd.vocab_parallel.blocks import (
     destination,
     exponentials,
     load,
-    store,
     weighted_sum,
 )
 from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective
@@ -73,8 +72,8 @@ class Sampled(Objective):
                 self.again(chunk.student, rows, local.at(block, self.layout).student, a)
                 torch.exp2(torch.mul(a, self.c, out=e), out=e)
             out = destination(chunk.student, rows, a)
-            store(chunk.student, rows, torch.mul(e, slope[block, None], out=out))
-        self.imitate(chunk, toward)
+            torch.mul(e, slope[block, None], out=out)
+            self.finish(chunk, block, out, toward[block])
 
 
 def advantage(found: Found, c: Coefficients) -> Tensor:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sgopd.vocab_parallel.blocks import Chunk, destination, load, store
-from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective
+from megatron_sgopd.vocab_parallel.blocks import Chunk, destination, load
+from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective, nonzero, part
 from megatron_sgopd.vocab_parallel.softmax import Columns, Merged, Softmax
 
 REVERSE, FORWARD = 1.0, 0.0  # values of beta that are special cases
@@ -130,7 +130,10 @@ class TopK(Objective):
         return self._value_and_slope()[0]
 
     def _value_and_slope(self) -> tuple[Tensor, Tensor]:
-        """D [n] and a = dD / dP, up to a constant of the token, [n, k + 1]."""
+        """D [n] and a = dD / dP, up to a constant of the token, [n, k + 1].
+
+        What rounding leaves of a divergence below 0 is 0.
+        """
         log_p, log_q = self.outcomes.student, self.outcomes.teacher
         p, q = log_p.exp(), log_q.exp()
 
@@ -138,22 +141,22 @@ class TopK(Objective):
             return (weights * log_ratio).masked_fill(weights == 0, 0.0).sum(-1)
 
         if self.beta == REVERSE:
-            return expected(p, log_p - log_q), (log_p - log_q).masked_fill(p == 0, 0.0)
-        if self.beta == FORWARD:
-            return expected(q, log_q - log_p), -(log_q - log_p).exp().masked_fill(p == 0, 0.0)
-        log_m = torch.logaddexp(
-            log_p + torch.tensor(1.0 - self.beta).double().log(),
-            log_q + torch.tensor(self.beta).double().log(),
-        )
-        of_p = (log_p - log_m).masked_fill(p == 0, 0.0)
-        value = self.beta * expected(q, log_q - log_m) + (1.0 - self.beta) * expected(p, of_p)
-        return value, (1.0 - self.beta) * of_p
+            value, slope = expected(p, log_p - log_q), log_p - log_q
+        elif self.beta == FORWARD:
+            value, slope = expected(q, log_q - log_p), -(log_q - log_p).exp()
+        else:
+            d = (log_q - log_p).nan_to_num(0.0).clamp(-700.0, 700.0)
+            mixture = torch.log1p(self.beta * torch.expm1(d))  # log m - log p
+            slope = -(1.0 - self.beta) * mixture
+            value = self.beta * expected(q, d - mixture) + expected(p, slope)
+        return value.clamp(min=0.0), slope.masked_fill(p == 0, 0.0)
 
     def gradient(
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         dtype, tau = self.shard.dtype, self.temperature
         weight, additive = c.per_logit(tau)
+        imitated = nonzero(additive)
         p, slope = self.outcomes.student.exp(), self._value_and_slope()[1]
         slope = slope - (p * slope).sum(-1, keepdim=True)
         log_total = found.student.softmax.maximum / tau
@@ -175,8 +178,7 @@ class TopK(Objective):
             x.sub_(shift[block]).exp_().mul_(of_tail[block])
             out = destination(chunk.student, rows, x)
             out.copy_(x.scatter_add_(-1, columns[block], at_best[block]))
-            store(chunk.student, rows, out)
-        self.imitate(chunk, additive)
+            self.finish(chunk, block, out, part(imitated, block))
 
 
 def _best(t: Tensor, k: int) -> tuple[Tensor, Tensor]:
