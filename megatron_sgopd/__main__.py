@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sgopd.cli import (
+    bench,
     cluster,
     compare,
     doctor,
@@ -35,6 +36,7 @@ COMMANDS = (  # in the order of the help
     evaluate,
     compare,
     rescore,
+    bench,
     cluster,
 )
 

@@ -74,7 +74,8 @@ def locked_versions(lock: str = "cpu") -> dict[str, Version]:
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a tool of this environment; make's own variables do not reach it."""
-    inherited = {"ARGS", "ARMS", "LEVEL", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "QUICK", "SEED"}
+    inherited = {"ARGS", "ARMS", "JSON", "LEVEL", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "QUICK"}
+    inherited |= {"SEED", "SMALL"}
     environment = {key: value for key, value in os.environ.items() if key not in inherited}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
@@ -231,7 +232,7 @@ def test_pyproject_declares_ranges_only():
     assert "apex" not in {Requirement(line).name for line in lines}, "not NVIDIA's apex on PyPI"
 
 
-@pytest.mark.parametrize("lock", ["cpu", "launch"])
+@pytest.mark.parametrize("lock", ["cpu", "launch", "bench"])
 def test_lock_pins_and_hashes_every_package(lock: str):
     lines = requirement_lines(f"requirements/{lock}.lock")
     pattern = re.compile(r"[a-z0-9][a-z0-9._-]*==[^\s;]+( +--hash=sha256:[0-9a-f]{64})+")
@@ -270,6 +271,17 @@ def test_the_launchers_lock_obeys_its_input_and_reads_recipes_with_the_same_vers
     assert "torch" not in launch, "the launcher has no need of it"
 
 
+def test_the_benchs_lock_obeys_its_input_and_shares_the_trainers_versions():
+    bench, cpu = locked_versions("bench"), locked_versions()
+    for requirement in map(Requirement, requirement_lines("requirements/bench.in")):
+        assert requirement.specifier.contains(bench[canonicalize_name(requirement.name)])
+    other = {name for name in bench.keys() & cpu.keys() if bench[name] != cpu[name]}
+    assert other <= {"setuptools"}, "run make lock"  # nvidia-modelopt asks for a newer one
+    assert bench.keys() >= {"torch", "transformers", "megatron-core", "trl", "liger-kernel"}
+    cuda = ("nvidia-cu", "nvidia-nccl", "nvidia-nv", "cuda-")
+    assert [name for name in bench if name.startswith(cuda)] == []
+
+
 def test_lock_holds_the_build_backend_and_no_cuda():
     locked = locked_versions()
     assert str(locked["torch"]).endswith("+cpu")
@@ -292,7 +304,24 @@ def test_lock_holds_the_build_backend_and_no_cuda():
     ],
 )
 def test_make_demo_hands_its_variables_on(variables: tuple[str, ...], options: str):
-    result = run("make", "--dry-run", "demo", *variables, cwd=ROOT)
+    assert last_of_make("demo", *variables) == (
+        f".venv/bin/python -m megatron_sgopd.demo {options}".strip()
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [((), ""), (("JSON=rows.json", "SMALL=1"), "--json rows.json --small"), (("SMALL=0",), "")],
+)
+def test_make_bench_hands_its_variables_on(variables: tuple[str, ...], options: str):
+    assert last_of_make("bench", *variables) == (
+        f".venv-bench/bin/python -m megatron_sgopd bench kl {options}".strip()
+    )
+
+
+def last_of_make(target: str, *variables: str) -> str:
+    """The last command of a target, on one line; it is not run."""
+    result = run("make", "--dry-run", target, *variables, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     joined = " ".join(result.stdout.replace("\\\n", " ").split())
-    assert joined.endswith(f".venv/bin/python -m megatron_sgopd.demo {options}".strip()), joined
+    return joined[joined.rindex(".venv") :]

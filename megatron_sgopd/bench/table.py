@@ -1,0 +1,54 @@
+"""The rows of a case as a table for people. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_sgopd.bench.cases import Case
+
+HEAD = ("", "time/plain", "ms", "of floor", "shards", "error", "collectives")
+
+
+def case_table(case: Case, rows: Sequence[dict[str, Any]]) -> str:
+    """A block of lines; an allocator's numbers follow the other's."""
+    mine = [row for row in rows if _is_of(case, row)]
+    blocks = []
+    for allocator in dict.fromkeys(row["allocator"] for row in mine):
+        cells = [_cells(row) for row in mine if row["allocator"] == allocator]
+        title = f"{case.label}, allocator {allocator}"
+        blocks.append(_aligned(title, cells))
+    return "\n".join(blocks)
+
+
+def _is_of(case: Case, row: dict[str, Any]) -> bool:
+    return all(
+        row[name] == getattr(case, name)
+        for name in ("form", "objective", "tokens", "vocab", "dtype", "tp")
+    )
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    error = row["gradient_rel_error"]
+    counts = (row["collectives_forward"], row["collectives_backward"])
+    return (
+        f"{row['name']} {row['version']}" if "package" in row else row["name"],
+        f"{row['time_ratio_to_plain']:.2f}",
+        f"{row['time_ms']:.1f}",
+        f"{row['floor_ms'] / row['time_ms']:.0%}",
+        f"{row['extra_memory_shards']:.2f}",
+        "" if error is None else f"{error:.1e}",
+        "" if counts[0] is None else f"{counts[0]} + {counts[1]}",
+    )
+
+
+def _aligned(title: str, cells: Sequence[Sequence[str]]) -> str:
+    head = (title, *HEAD[1:])
+    widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(HEAD))]
+
+    def line(values: Sequence[str]) -> str:
+        first, *rest = values
+        numbers = (value.rjust(width) for value, width in zip(rest, widths[1:], strict=True))
+        return "  ".join((first.ljust(widths[0]), *numbers)).rstrip()
+
+    return "\n".join([line(head), *(line(values) for values in cells), ""])
