@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sgopd.bench import step
 from megatron_sgopd.bench.cases import Shape
 from megatron_sgopd.bench.kl import ALLOCATORS, ROUNDS, Options, WorkerFailed, run_kl
 from megatron_sgopd.config.errors import ConfigError
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"sgopd bench: {error}", file=sys.stderr)
         return 2
-    except WorkerFailed as error:
+    except (WorkerFailed, step.StepFailed) as error:
         print(f"sgopd bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="WHAT", required=True)
     _add_kl(commands.add_parser("kl", help="the loss", description=_first_line(_kl)))
+    _add_step(commands.add_parser("step", help="whole steps", description=_first_line(_step)))
     _add_plot(commands.add_parser("plot", help="figures of the loss's rows"))
     return parser
 
@@ -73,6 +75,25 @@ def _kl(arguments: argparse.Namespace) -> int:
     """Times, memory, collectives and gradient error of the loss beside its baselines."""
     given = {k: v for k, v in vars(arguments).items() if k != "run"}
     return run_kl(Options(**given))
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_step)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    command.add_argument("--vocab", type=int, choices=[*step.SIZES], default=22)
+    command.add_argument(
+        "--environment",
+        choices=step.ENVIRONMENTS,
+        default="same",
+        help="same: both reuse memory (glibc); shipped: each as its own launcher starts it",
+    )
+    command.add_argument("--repeats", type=_positive, metavar="N", default=step.REPEATS)
+
+
+def _step(arguments: argparse.Namespace) -> int:
+    """Seconds and memory of a training step beside TRL's DistillationTrainer."""
+    given = {k: v for k, v in vars(arguments).items() if k != "run"}
+    return step.run_step(step.Options(**given))
 
 
 def _add_plot(command: argparse.ArgumentParser) -> None:
