@@ -239,7 +239,6 @@ def test_errors_of_variants():
         return plain.loss(case, student, batch) / len(batch.tokens)
 
     exact = measure.exact_gradients(case, batch)
-    measure.prepare_to_fork()
 
     def error(variant: Variant) -> float:
         found = isolated(lambda: measure.once(variant, batch, exact))

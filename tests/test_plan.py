@@ -172,10 +172,10 @@ def test_the_largest_micro_batch() -> None:
 
 def test_flops_are_twice_the_parameters_and_attention() -> None:
     model = KNOWN["Qwen/Qwen3-8B"]
-    weights = 36 * (4096 * (6144 + 4096 + 3 * 12288)) + 151_936 * 4096
-    plain = forward_flops(model, 10.0, 0.0, head=True)
+    weights = 36 * (4096 * (6144 + 4096 + 3 * 12288))
+    plain = forward_flops(model, 10.0, 0.0)
     assert plain == pytest.approx(2 * 10 * weights, rel=1e-3)
-    longer = forward_flops(model, 10.0, 1000.0, head=True)
+    longer = forward_flops(model, 10.0, 1000.0)
     assert longer - plain == pytest.approx(2 * 10 * 36 * 4096 * 1000)  # causal: half of 4 L a d n
 
 

@@ -181,6 +181,11 @@ PEAKS: dict[str, tuple[dict[str, Any], float]] = {  # fields, tolerance
     "packed, float32": ({"parallel": PACKED, "dtype": "float32"}, 0.04),
     "full": ({"parallel": {**PACKED, **FULL}}, 0.12),
     "full_vocab": ({"parallel": {**PACKED, **MLP}, "estimator": "full_vocab"}, 0.04),
+    "chunks by bytes": ({"parallel": {"micro_batch_size": 2}, "chunk_tokens": None}, 0.04),
+    "full_vocab, chunks by bytes": (
+        {"parallel": {"micro_batch_size": 2}, "estimator": "full_vocab", "chunk_tokens": None},
+        0.04,
+    ),
     "PP": ({"parallel": {**PP, **PACKED}}, 0.06),
     "PP, VPP": ({"parallel": VPP}, 0.06),
     "PP, full": ({"parallel": {**PP, **FULL}}, 0.12),

@@ -153,25 +153,34 @@ class Student:
 
     def __init__(self, rows: Rows) -> None:
         self._buffer = rows[0] if isinstance(rows, tuple) else rows
-        self._head = rows[1].detach().requires_grad_() if isinstance(rows, tuple) else None
+        self._head: Any = rows[1].detach().requires_grad_() if isinstance(rows, tuple) else None
         self._gradients: list[Tensor] = []
 
-    def rows(self) -> Rows:
-        """Logits, or (hidden, head), that require a gradient; the last gradient is forgotten."""
+    def rows(self, *, main_grad: bool = False) -> Rows:
+        """Logits, or (hidden, head), that require a gradient; the last gradient is forgotten.
+
+        `main_grad`: the head has Megatron's fp32 buffer, which holds its gradient.
+        """
         self._gradients.clear()
         anchor = torch.zeros((), dtype=self._buffer.dtype, device=self._buffer.device)
         attached = _Handout.apply(anchor.requires_grad_(), self._buffer, self._gradients)
         if self._head is None:
             return attached
         self._head.grad = None
+        if hasattr(self._head, "main_grad"):
+            del self._head.main_grad
+        if main_grad:
+            self._head.main_grad = torch.zeros_like(self._head, dtype=torch.float32)
         return attached, self._head
 
     def gradients(self) -> list[Tensor]:
         """Of the logits; or of the hidden states and of the head."""
-        head = [] if self._head is None else [self._head.grad]
         assert len(self._gradients) == 1, "one backward, one gradient"
-        assert all(g is not None for g in head), "the head was given no gradient"
-        return [*self._gradients, *(g for g in head if g is not None)]
+        if self._head is None:
+            return list(self._gradients)
+        of_head = getattr(self._head, "main_grad", self._head.grad)
+        assert of_head is not None, "the head was given no gradient"
+        return [*self._gradients, of_head]
 
     def restore(self, original: Tensor) -> None:
         """Puts back what a variant that works in place has overwritten."""

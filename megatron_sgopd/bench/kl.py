@@ -59,20 +59,20 @@ def run_kl(options: Options) -> int:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if options.json is not None:
-        _write(options.json, "[]")  # now rather than after the measurement
     rows: list[Row] = []
+    _write(options.json, rows)  # whether it can be is known now, not after the measurement
     failures: dict[str, str] = {}
     names = _allocators(options)
     for name in names:
         is_first = name == names[0]
         # Large products of matrices leave the allocator little to decide.
         mine = [case for case in chosen if is_first or not (case.form == "fused" and case.is_large)]
-        for found in _worker(_job(mine, options, name, with_error=is_first)):
+        for found in _worker(_job(mine, options, name, with_error=is_first)) if mine else ():
             if "case" in found:
                 seconds = time.monotonic() - start
                 print(f"{seconds:.0f} s, {name}: {found['case']}", file=sys.stderr, flush=True)
                 rows += found["rows"]
+                _write(options.json, rows)
                 failures |= {f"{found['case']}, {k}": v for k, v in found["failed"].items()}
             elif is_first:
                 _tell(found)
@@ -82,8 +82,7 @@ def run_kl(options: Options) -> int:
     for what, reason in failures.items():
         print(f"failed: {what}: {reason.splitlines()[-1]}")
     print(f"{len(rows)} rows in {time.monotonic() - start:.0f} s")
-    if options.json is not None:
-        _write(options.json, json.dumps(rows, indent=1))
+    _write(options.json, rows)
     return int(any(", ours" in what or ", all" in what for what in failures))
 
 
@@ -157,10 +156,12 @@ def _share_errors(rows: list[Row]) -> None:
         row["gradient_rel_error"] = known.get(key(row))
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path | None, rows: list[Row]) -> None:
+    if path is None:
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise ConfigError(f"--json {path} cannot be written ({error.strerror})") from error

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sgopd.bench import plain
 from megatron_sgopd.bench.cases import Case
@@ -28,6 +27,19 @@ from megatron_sgopd.bench.variants import Variant
 MIN_ROUNDS = 3
 WARM_UP_TOKENS = 16
 EXACT_ROWS = 32  # of the float64 gradient at once
+COLLECTIVES = (  # torch 2.13 has two of them under another name as well
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "all_to_all",
+    "all_to_all_single",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "reduce_scatter_single",
+)
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -49,7 +61,7 @@ def times(
             break
         for variant in variants:
             student.restore(original)
-            rows = student.rows()
+            rows = student.rows(main_grad=variant.main_grad)
             _wait(batch)
             start = clock()
             variant.loss(rows, batch).backward()
@@ -103,7 +115,7 @@ def once(variant: Variant, batch: Batch, exact: Sequence[Tensor] | None) -> dict
     if variant.is_compiled:
         variant.loss(_copy(batch).rows(), batch).backward()
     student = Student(batch.student)
-    rows = student.rows()
+    rows = student.rows(main_grad=variant.main_grad)
     with _peak(batch) as peak:
         variant.loss(rows, batch).backward()
     found = counts | {"extra_bytes": peak()}
@@ -114,35 +126,41 @@ def once(variant: Variant, batch: Batch, exact: Sequence[Tensor] | None) -> dict
     return found
 
 
-class _Collectives(TorchDispatchMode):
-    """Counts calls of torch.distributed while it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.calls += func.namespace == "c10d"
-        return func(*args, **(kwargs or {}))
-
-
-def prepare_to_fork() -> None:
-    """Done once, before processes are forked that would each spend seconds on it."""
-    with _Collectives():  # the first dispatch mode imports torch's compiler
-        torch.zeros(1).add(1)
-    gc.collect()
-    gc.freeze()  # collecting what imports have made takes longer than most of what is measured
-
-
 def _count_collectives(variant: Variant, batch: Batch) -> dict[str, Any]:
     """Of forward and of backward; on a few tokens where no rank waits for another."""
     part = batch.select(slice(WARM_UP_TOKENS if batch.group is None else None))
-    rows = _copy(part).rows()
-    with _Collectives() as forward:
+    rows = _copy(part).rows(main_grad=variant.main_grad)
+    with _counted_collectives() as forward:
         loss = variant.loss(rows, part)
-    with _Collectives() as backward:
+    with _counted_collectives() as backward:
         loss.backward()
-    return {"collectives_forward": forward.calls, "collectives_backward": backward.calls}
+    return {"collectives_forward": len(forward), "collectives_backward": len(backward)}
+
+
+@contextmanager
+def _counted_collectives() -> Iterator[list[str]]:
+    """The names of torch.distributed's functions that are called, as they are called.
+
+    Everybody here looks them up when calling. A dispatch mode or the profiler would see them too,
+    and would import torch's compiler in every process.
+    """
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    kept = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
+    for name, function in kept.items():
+        setattr(dist, name, counted(name, function))
+    try:
+        yield calls
+    finally:
+        for name, function in kept.items():
+            setattr(dist, name, function)
 
 
 def _copy(batch: Batch) -> Student:

@@ -28,6 +28,7 @@ class Variant:
     is_mean: bool = False
     needs_megatron: bool = False  # Megatron's process groups
     is_compiled: bool = False
+    main_grad: bool = False  # the head has Megatron's fp32 buffer, which counts as an input
     origin: tuple[tuple[str, str], ...] = ()  # package, version and module of a baseline
 
     @property
@@ -100,4 +101,6 @@ def our_variants(case: Case) -> list[Variant]:
     if is_main and case.tp == 1 and not case.has_reference:
         kept = partial(our_loss, case, overwrite_student=False)
         made.append(Variant("ours, logits kept", kept, ours=True))
+    if case.form == "fused":  # as the trainer has it
+        made.append(Variant("ours, main_grad", partial(our_loss, case), ours=True, main_grad=True))
     return made

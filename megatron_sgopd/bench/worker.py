@@ -10,6 +10,7 @@ Standard output stays free for what the baselines print.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -50,7 +51,8 @@ def main(job: Job, results: TextIO) -> None:
     missing: dict[str, str] = {}
     for case in job.cases:  # imports every baseline, before anything is forked
         variants_of(case, job.device, missing)
-    measure.prepare_to_fork()
+    gc.collect()
+    gc.freeze()  # collecting what imports have made takes longer than most of what is measured
     say(missing=missing)
     rates: Rates = _in_child(job.device, lambda: measure_rates(job.device))
     say(rates=asdict(rates), line=rates.line())

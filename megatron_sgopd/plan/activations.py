@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from megatron_sgopd.config.schema import ParallelConfig
 from megatron_sgopd.plan.architecture import Architecture, ModelLayout
 
-# What the loss takes for one chunk's logits, and the scratch of its passes. The same numbers are in
-# vocab_parallel (projection.py, blocks.py), which imports torch.
+# What the loss takes for one chunk's logits, and for the scratch of its passes. The same
+# numbers are in vocab_parallel (projection.py, blocks.py), which imports torch.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
-SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-LEAST_TOKENS = 256
+SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
+LEAST_TOKENS, GEMM_ROWS = 256, 128
 HEAD_ROWS = 8192
 
 
@@ -151,7 +151,7 @@ def chunk_bytes(
 
 
 def end_bytes(model: Architecture, layout: ModelLayout, shape: Shape, kind: Arithmetic) -> int:
-    """Kept of final norm and output layer, their logits aside."""
+    """Kept of the final norm, and its output, which the loss projects."""
     rows = shape.tokens(layout) // layout.sequence_shards
     return _norm_bytes(rows * model.hidden, rows, kind) + rows * model.hidden * kind.element_bytes
 
@@ -193,20 +193,50 @@ class LossChunks:
     def tokens(self) -> int:
         """Of a chunk, if there are as many."""
         each = 4 * self.rows * self.models * self.sets
-        return self.chunk_tokens or max(LEAST_TOKENS, CHUNK_BYTES[self.device] // each)
+        size = max(LEAST_TOKENS, CHUNK_BYTES[self.device] // each)
+        return self.chunk_tokens or (
+            size if self.device == "cpu" else size // GEMM_ROWS * GEMM_ROWS
+        )
 
-    def logits_bytes(self, tokens: int, b: int) -> int:
-        """Of the fp32 buffers and the scratch; `b`: of an element of the models' type.
+    def scoring_bytes(self, tokens: int, hidden: int, b: int) -> int:
+        """While log-probs of `tokens` are made; `b`: bytes of an element of the model."""
+        scratch = self._scratch_bytes(tokens)
+        return self._logits_bytes(tokens) + max(self._projecting(tokens, hidden, b), scratch)
 
-        The head's products in its own type lie beside them where that is not fp32.
+    def training_bytes(self, tokens: int, hidden: int, b: int) -> int:
+        """While the loss and its gradient are made, the gradient of all hidden states aside."""
+        ending = self._scratch_bytes(tokens) + self._gradient_bytes(tokens, hidden, b)
+        return self._logits_bytes(tokens) + max(self._projecting(tokens, hidden, b), ending)
+
+    def _logits_bytes(self, tokens: int) -> int:
+        n = min(tokens, self.tokens)
+        sets = min(self.sets, -(-tokens // n))
+        return 4 * n * self.rows * self.models * sets
+
+    def _scratch_bytes(self, tokens: int) -> int:
+        """Of a block's passes, made with the first chunk: a buffer a model and one for products."""
+        n = min(tokens, self.tokens)
+        return min(SCRATCH_BYTES[self.device], 4 * n * self.rows * (1 + self.models))
+
+    def _projecting(self, tokens: int, hidden: int, b: int) -> int:
+        """A chunk's states and, of the chunks after the first, the scratch.
+
+        GPUs give the products in fp32. CPUs give them in the model's type, for some rows of the
+        head at a time; they are added in fp32.
         """
-        n = min(tokens, self.tokens)
-        fp32 = 4 * n * self.rows * self.models * self.sets
-        scratch = min(SCRATCH_BYTES[self.device], 4 * n * self.rows * (1 + self.models))
-        return fp32 + scratch + (0 if b == 4 else n * self.rows * b)
+        n, rows = min(tokens, self.tokens), min(self.rows, HEAD_ROWS)
+        converted = 0 if b == 4 or self.device == "cuda" else n * rows * (b + 4)
+        later = self._scratch_bytes(tokens) if tokens > n else 0
+        return n * hidden * b + converted + later
 
-    def gradient_bytes(self, tokens: int, hidden: int, b: int) -> int:
-        """The student's: of all hidden states, a chunk's states, and rows of the head."""
-        n = min(tokens, self.tokens)
-        head = 0 if b == 4 else min(self.rows, HEAD_ROWS) * hidden * b
-        return (tokens + 2 * n) * hidden * b + head
+    def _gradient_bytes(self, tokens: int, hidden: int, b: int) -> int:
+        """A chunk's gradient on its way to its states and to some rows of the head.
+
+        The products are in fp32; CPUs make the head's in the model's type first.
+        """
+        n, rows = min(tokens, self.tokens), min(self.rows, HEAD_ROWS)
+        if b == 4:  # nothing to convert, and the head's product is added in place
+            return 2 * n * hidden * b
+        sums = 4 * (1 if rows == self.rows else 2)  # a slice's product beside the sum of them
+        product = 4 if self.device == "cuda" else 4 + b
+        return n * rows * b + n * hidden * (b + sums) + rows * hidden * product

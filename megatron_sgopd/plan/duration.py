@@ -29,12 +29,16 @@ class Duration:
         return self.tokens / self.step_seconds
 
 
-def forward_flops(model: Architecture, tokens: float, mean_length: float, *, head: bool) -> float:
-    """Two a parameter and token, and causal attention: 2 L a d a token and layer."""
+def forward_flops(model: Architecture, tokens: float, mean_length: float) -> float:
+    """Of the layers: two a parameter and token, and causal attention, 2 L a d a token and layer."""
     dense = model.num_layers * model.active_layer_parameters()
-    dense += model.vocab * model.hidden if head else 0
     attention = model.num_layers * model.heads * model.head_dim * mean_length
     return 2.0 * tokens * (dense + attention)
+
+
+def head_flops(model: Architecture, tokens: float) -> float:
+    """Of one product with the LM head: forward, or either half of backward."""
+    return 2.0 * tokens * model.vocab * model.hidden
 
 
 def duration_of(
@@ -73,6 +77,15 @@ class _Clock:
     def tokens(self) -> float:
         return self.rollouts * self.length
 
+    @property
+    def loss_tokens(self) -> float:
+        """Those that meet a head: prompts are not trained on."""
+        return self.rollouts * self.assumed.mean_completion_tokens
+
+    @property
+    def full_vocab(self) -> bool:
+        return self.job.config.distill.estimator == "full_vocab"
+
     def duration(self) -> Duration:
         decode = self._decode_tokens_per_second()
         phases = {"generate": self._generate(decode), "label": self._label()}
@@ -106,7 +119,7 @@ class _Clock:
         active = model.num_layers * model.active_layer_parameters() + model.vocab * model.hidden
         read = (active * self.element + sequences * context * cache) / tp
         memory = read / (gpu.memory_bytes_per_s * a.decode_bandwidth_share)
-        flops = forward_flops(model, sequences, context, head=True) / tp
+        flops = (forward_flops(model, sequences, context) + head_flops(model, sequences)) / tp
         return max(memory, flops / (gpu.flops_per_s * a.score_mfu)) + a.decode_step_overhead_s
 
     def _decode_tokens_per_second(self) -> float:
@@ -122,7 +135,7 @@ class _Clock:
         throughput = self.rollouts * a.mean_completion_tokens / engines / decode_per_second
         tail = config.rollout.max_new_tokens * self._decode_step(1, self.job.longest / 2)
         prompts = config.rollout.num_prompts * a.mean_prompt_tokens  # of a group, once
-        flops = forward_flops(self.models["student"], prompts, a.mean_prompt_tokens, head=False)
+        flops = forward_flops(self.models["student"], prompts, a.mean_prompt_tokens)
         prefill = flops / (engines * tp * self.gpu.flops_per_s * a.score_mfu)
         return prefill + max(throughput, tail)
 
@@ -148,7 +161,9 @@ class _Clock:
 
     def _score(self, role: str) -> float:
         model, layout = self.models[role], self.job.layout_of(role)
-        flops = forward_flops(model, self.tokens, self.length, head=True)
+        flops = forward_flops(model, self.tokens, self.length)
+        if not self.full_vocab:  # whose hidden states the student's loss projects
+            flops += head_flops(model, self.loss_tokens)
         seconds = flops / (self.job.trainer_gpus * self.gpu.flops_per_s * self.assumed.score_mfu)
         seconds *= self._bubble(layout.pp, layout.vpp)
         if getattr(self.job.config.model, role).offload:
@@ -166,7 +181,7 @@ class _Clock:
             block = p.recompute_method == "block"
             return min(1.0, p.recompute_num_layers / layers) if block else 1.0
         model = self.models["student"]
-        whole = forward_flops(model, 1.0, self.length, head=False)
+        whole = forward_flops(model, 1.0, self.length)
         mlp = 2.0 * model.num_layers * 3 * model.ffn * model.hidden
         attention = 2.0 * model.num_layers * model.heads * model.head_dim * self.length
         shares = {"mlp": mlp / whole, "core_attn": attention / whole}
@@ -174,12 +189,18 @@ class _Clock:
 
     def _train(self) -> float:
         model, layout = self.models["student"], self.job.layout_of("student")
-        whole = forward_flops(model, self.tokens, self.length, head=True)
-        layers = forward_flops(model, self.tokens, self.length, head=False)
-        flops = whole * (1 + BACKWARD) + layers * self._recomputed()
+        layers = forward_flops(model, self.tokens, self.length)
+        flops = layers * (1 + BACKWARD + self._recomputed()) + self._loss_flops()
         seconds = flops / (self.job.trainer_gpus * self.gpu.flops_per_s * self.assumed.train_mfu)
         seconds *= self._bubble(layout.pp, layout.vpp)
         return seconds + self._reduce_gradients() + self._update()
+
+    def _loss_flops(self) -> float:
+        """The head products of the loss, everything forward once more for some methods."""
+        roles = self.job.roles() if self.full_vocab else ()
+        once = sum(head_flops(self.models[r], self.loss_tokens) for r in ("student", *roles))
+        backward = BACKWARD * head_flops(self.models["student"], self.loss_tokens)
+        return once * (1 if self.job.is_token_local else 2) + backward
 
     def _reduce_gradients(self) -> float:
         """Once a step: a reduction and, with a distributed optimizer, the new weights back."""

@@ -16,6 +16,10 @@ from megatron_sgopd.config.layout import (
 from megatron_sgopd.config.schema import Config, VllmConfig
 from megatron_sgopd.plan.architecture import Architecture, ModelLayout, check_fits
 
+# Methods that see the statistics of a whole micro-batch at once: those that sgopd.METHODS, which
+# imports torch, does not call `token_local`.
+WHOLE_BATCH: frozenset[str] = frozenset()
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -61,6 +65,11 @@ class Job:
         rollout = self.config.rollout
         each = 1 if self.config.distill.method == "sft" else rollout.n
         return rollout.num_prompts // self.replicas * each
+
+    @property
+    def is_token_local(self) -> bool:
+        """Whether a chunk's gradient is made while its logits exist."""
+        return self.config.distill.method not in WHOLE_BATCH
 
     @property
     def uses_vllm(self) -> bool:

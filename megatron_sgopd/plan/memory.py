@@ -33,7 +33,7 @@ from megatron_sgopd.plan.hardware import (
 from megatron_sgopd.plan.job import Job
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-TOKEN_BYTES = 39  # of a packing.MicroBatch: three int64, three float32, three bool a token
+TOKEN_BYTES = 47  # of a packing.MicroBatch: four int64, three float32, three bool a token
 LOGPROB_BYTES = 4
 DDP_BUCKET = 40_000_000  # Megatron's smallest bucket, where gradients overlap; elements
 ADAM_MOMENTS = 2
@@ -203,10 +203,14 @@ class _Estimate:
         return items
 
     def _frozen_weights(self, role: str, place: int) -> int:
+        layout, stage = self.job.layout_of(role), self._frozen_stage(role, place)
+        return layout.stage_parameters(self.models[role], stage) * self.kind.element_bytes
+
+    def _frozen_stage(self, role: str, place: int) -> int:
+        """The pipeline stage of a frozen model that a rank of the replica holds."""
         layout = self.job.layout_of(role)
         shared = layout.tp if self._has_own_layout(role) else layout.tp * layout.cp
-        stage = place // shared % layout.pp
-        return layout.stage_parameters(self.models[role], stage) * self.kind.element_bytes
+        return place // shared % layout.pp
 
     def _head_bytes(self, role: str) -> int:
         model = self.models[role]
@@ -243,12 +247,14 @@ class _Estimate:
         items = self._handed_over(stage) | {"batches": self._batches()}
         if getattr(config.model, role).offload:
             items[role] = self._frozen_weights(role, place) - self._frozen(role, place, stage)[role]
-        rows = layout.vocab_rows(model)
-        items["frozen_forward"] = max(
-            forward_bytes(model, layout, self.shape, self.kind),
-            tokens * model.hidden * b + self._chunks(rows, 1, 1).logits_bytes(tokens, b),
-        )
-        return items
+        forward = forward_bytes(model, layout, self.shape, self.kind)
+        scored = 0
+        if self._frozen_stage(role, place) == layout.pp - 1 and not self.full_vocab:
+            # What the final norm gave and what is handed over to the head, beside the logits.
+            states = (tokens // layout.sequence_shards + tokens) * model.hidden * b
+            chunks = self._chunks(layout.vocab_rows(model), 1, 1)
+            scored = states + chunks.scoring_bytes(tokens, model.hidden, b)
+        return items | {"frozen_forward": max(forward, scored)}
 
     def _batches(self) -> int:
         whole = self.step_tokens * TOKEN_BYTES
@@ -290,22 +296,28 @@ class _Estimate:
         items = self._handed_over(stage) | {"batches": self._batches(), "activations": saved}
         if not last:
             return items | {"working": work}
-        items["activations"] += end_bytes(self.student, layout, self.shape, self.kind)
+        end = end_bytes(self.student, layout, self.shape, self.kind)
+        items["activations"] += end
         logits = self._logits_workspace()
-        return items | {"logits": logits, "working": max(0, work - logits)}
+        # By the time a layer passes gradients on, the loss and what the end kept are gone.
+        return items | {"logits": logits, "working": max(0, work - logits - end)}
 
     def _logits_workspace(self) -> int:
-        """A chunk's logits, the gradients they end in, frozen models' gathered states."""
+        """What the loss takes: a chunk's logits, what making them and their gradient takes, and
+        whole hidden states: the student's and their gradient, the frozen models'."""
         b, layout = self.kind.element_bytes, self.layout
-        tokens = self.shape.tokens(layout)
-        full = self.full_vocab and bool(self.job.roles())
-        models = 1 + (len(self.job.roles()) if full else 0)
-        chunks = self._chunks(layout.vocab_rows(self.student), models, 2 if layout.tp > 1 else 1)
-        total = chunks.logits_bytes(tokens, b)
-        total += chunks.gradient_bytes(tokens, self.student.hidden, b)
-        total += tokens * self.student.hidden * b  # hidden states in the loss's order
-        if full:
-            total += sum(tokens * self.models[role].hidden * b for role in self.job.roles())
+        tokens, hidden = self.shape.tokens(layout), self.student.hidden
+        roles = self.job.roles() if self.full_vocab else ()
+        sets = 2 if layout.tp > 1 and self.job.is_token_local else 1
+        chunks = self._chunks(layout.vocab_rows(self.student), 1 + len(roles), sets)
+        total = chunks.training_bytes(tokens, hidden, b) + tokens * hidden * b
+        # One row in one piece is read where it lies; other states are put together first.
+        several = self.shape.rows > 1
+        if several or layout.sequence_shards > 1:
+            total += tokens * hidden * b
+        spilled = self.job.config.parallel.hidden_states_budget_mb is not None
+        if several or layout.tp > 1 or spilled:
+            total += sum(tokens * self.models[role].hidden * b for role in roles)
         return total
 
     def _chunks(self, rows: int, models: int, sets: int) -> LossChunks:

@@ -10,12 +10,8 @@ choice       which objective the options ask for
 loss         statistics, coefficients and gradient put together
 """
 
-from megatron_sgopd.vocab_parallel.loss import (
-    LossResult,
-    Statistics,
-    distillation_loss,
-    sampled_logprobs,
-)
+from megatron_sgopd.vocab_parallel.loss import distillation_loss, sampled_logprobs
 from megatron_sgopd.vocab_parallel.shard import Rows
+from megatron_sgopd.vocab_parallel.task import LossResult, Statistics
 
 __all__ = ["LossResult", "Rows", "Statistics", "distillation_loss", "sampled_logprobs"]

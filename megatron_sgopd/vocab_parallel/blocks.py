@@ -22,9 +22,10 @@ from torch import Tensor
 
 from megatron_sgopd.vocab_parallel.softmax import Softmax
 
-# One buffer of a pass. CPUs: a little less than a core's second-level cache; from 0.5 to 4 MiB the
-# speed is flat (LOG.md). GPUs run few large operations instead.
-BUFFER_BYTES = {"cpu": 896 * 2**10, "cuda": 64 * 2**20}
+# All buffers of a pass together. On CPUs each is then about a second-level cache; from 0.5 to
+# 4 MiB a buffer the speed is flat (LOG.md). GPUs run few large operations instead.
+SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
+LEAST_ROWS = 4  # of a block, however wide: what is done once a block must not show
 
 Place = slice | Tensor  # where a block's tokens are in a matrix: a range of rows, or their indices
 
@@ -44,6 +45,7 @@ class Chunk:
     index: Tensor  # [n] the tokens' places among all T
     local_token: Tensor  # [n] column of the sampled token
     owned: Tensor  # [n] whether this rank has it
+    narrow: Tensor | None = None  # where Triton puts the gradient; None: over the student's rows
     student_is_scratch: bool = False
     frozen_is_scratch: bool = False
 
@@ -88,12 +90,19 @@ class Scratch:
     """Buffers [b, V] for one objective's passes, and which block they still hold."""
 
     def __init__(
-        self, num_buffers: int, width: int, dtype: torch.dtype, device: torch.device, limit: int
+        self,
+        num_buffers: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        limit: int,
+        share: float = 1.0,
     ) -> None:
-        """`limit`: rows that there are; no block is longer."""
-        budget = BUFFER_BYTES["cuda" if device.type == "cuda" else "cpu"]
-        row_bytes = max(1, width) * dtype.itemsize
-        self.num_rows = max(1, min(budget // row_bytes, max(1, limit)))
+        """`limit`: rows that there are; no block is longer. `share`: of SCRATCH_BYTES."""
+        budget = int(share * SCRATCH_BYTES["cuda" if device.type == "cuda" else "cpu"])
+        row_bytes = num_buffers * max(1, width) * dtype.itemsize
+        self.num_rows = max(1, min(max(LEAST_ROWS, budget // row_bytes), limit))
         self._buffers = [
             torch.empty(self.num_rows, width, dtype=dtype, device=device)
             for _ in range(num_buffers)

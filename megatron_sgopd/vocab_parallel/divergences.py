@@ -82,13 +82,7 @@ class BothRows(TowardTarget):
     ) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor]]]:
         """(block, x - m, h - m of the chosen target, scratch to use) of each block."""
         scratch = self.scratch(chunk)
-        zero = torch.zeros_like(local.student.total)
-        own = iter(local.targets)
-        maxima = [
-            zero if is_one(lam) else next(own).centre.clamp(max=torch.finfo(zero.dtype).max)
-            for lam in self.lambdas
-        ]
-        chosen = self.choose(maxima, c)
+        chosen = self.target_maximum(local, c)
         extra = (c.lam - 1.0).to(self.shard.dtype) if self.extrapolated else None
         assert chunk.teacher is not None
         for block in scratch.blocks(len(chunk)):
@@ -108,6 +102,16 @@ class BothRows(TowardTarget):
                 t.sub_(chosen[block, None])
             yield block, x, t, [e, *more]
 
+    def target_maximum(self, local: Columns, c: Coefficients) -> Tensor:
+        """The chosen targets' maxima about this shard's centres, [n]."""
+        zero = torch.zeros_like(local.student.total)
+        own = iter(local.targets)
+        maxima = [
+            zero if is_one(lam) else next(own).centre.clamp(max=torch.finfo(zero.dtype).max)
+            for lam in self.lambdas
+        ]
+        return self.choose(maxima, c)
+
     def local_log_totals(self, found: Found, c: Coefficients) -> tuple[Tensor, Tensor]:
         """log of what exponentials about this shard's centres are divided by: student, target."""
         totals = []
@@ -121,6 +125,7 @@ class ForwardKL(BothRows):
     """KL(target || student)."""
 
     name = "forward KL"
+    triton_sums = "forward"
 
     def cross_sum(self, h: Tensor, x: Tensor, e: Tensor, out: Tensor, other: Tensor) -> None:
         weighted_sum(torch.sub(h, x, out=other), e, out, other, self.careful)
@@ -150,6 +155,12 @@ class ForwardKL(BothRows):
         student, target = self.local_log_totals(found, c)
         of_p = ((weight + additive) * (-student).exp()).to(self.shard.dtype)[:, None]
         of_q = (-weight * (-target).exp()).to(self.shard.dtype)[:, None]
+        if (kernels := self.kernels(chunk.student)) is not None:
+            extra = c.lam - 1.0 if self.extrapolated else None
+            maximum = self.target_maximum(local, c)
+            factors = kernels.Factors(of_p[:, 0], additive, of_q[:, 0], extra, maximum)
+            kernels.gradient(self, chunk, local, factors)
+            return
         for block, x, h, _ in self.target_rows(chunk, local, found, c):
             x.mul_(self.c).exp2_().mul_(of_p[block])
             rows = chunk.rows(block)

@@ -12,10 +12,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from megatron_sgopd.vocab_parallel import backend as back_ends
 from megatron_sgopd.vocab_parallel.blocks import (
     Chunk,
     Place,
@@ -44,8 +46,8 @@ Lambda = float | Tensor  # a number, or one per token [T]
 
 
 def nonzero(values: Tensor) -> Tensor | None:
-    """The values, or None where all are 0."""
-    return values if bool(values.any()) else None
+    """The values, or None where all are 0; on GPUs looking would cost a wait."""
+    return values if values.is_cuda or bool(values.any()) else None
 
 
 def part(values: Tensor | None, block: slice) -> Tensor | None:
@@ -111,7 +113,9 @@ class Objective(ABC):
 
     name: str
     num_buffers: int  # scratch blocks that its passes use at once
+    scratch_share = 1.0  # of what an objective's buffers may take
     one_pass = False  # whether blocks can go through both passes at once (`block_gradient`)
+    triton_sums: str | None = None  # which sums its Triton kernels make; None: it has no kernels
     keeps = False  # whether the gradient pass can use what the first left in a chunk's matrices
 
     def __init__(
@@ -124,6 +128,7 @@ class Objective(ABC):
         backend: str = "auto",
     ) -> None:
         """`logprobs`: {"teacher" or "reference": [T]} of models that came as log-probs."""
+        back_ends.check(backend, self.name, self.triton_sums is not None)
         self.backend = backend
         self.shard, self.layout = shard, layout
         self.lambdas = tuple(lambdas)
@@ -134,10 +139,16 @@ class Objective(ABC):
         self.careful = False  # whether some logits are -inf; found by the statistics pass
         self._scratch: Scratch | None = None
 
+    def kernels(self, student: Tensor) -> ModuleType | None:
+        """`triton_kernels` where they take the passes over such logits; None: plain PyTorch."""
+        return back_ends.kernels(self.backend, self.triton_sums is not None, student)
+
     # -- the first pass ----------------------------------------------------------------------------
 
     def statistics(self, chunk: Chunk) -> Columns:
         """This shard's columns of a chunk; may leave intermediate results in its scratch."""
+        if (kernels := self.kernels(chunk.student)) is not None:
+            return kernels.statistics(self, chunk)
         columns = self.begin(chunk)
         self._statistics(chunk, columns)
         if not self.careful and not columns.sums_are_finite(self.layout):
@@ -270,7 +281,8 @@ class Objective(ABC):
                 self.shard.valid,
                 self.shard.dtype,
                 chunk.student.device,
-                limit=self.shard.num_tokens,
+                limit=len(chunk),  # of the first chunk, which is the longest
+                share=self.scratch_share,
             )
         return self._scratch
 

@@ -20,6 +20,7 @@ from megatron_sgopd.vocab_parallel.shard import Rows, Shard
 # Logits of one chunk, all models together. CPUs: little more than what 256 tokens need anyway.
 # GPUs: 512 rows of 152,000 columns of two models, enough to fill the chip (docs/performance.md).
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
+GEMM_ROWS = 128  # a GPU's products go by tiles of so many tokens
 LEAST_TOKENS = 256  # of a chunk: what a coefficient function sees at once
 HEAD_ROWS = 8192  # of the head at once where logits and gradients are converted
 
@@ -35,8 +36,13 @@ class Projection:
         chunk_tokens: int | None,
         with_gradient: bool,
         buffers: int = 1,
+        narrows: bool = False,
     ) -> None:
-        """`buffers`: how many chunks can be at hand at once."""
+        """`buffers`: how many chunks can be at hand at once.
+
+        `narrows`: the gradient is written in the head's type where that is narrower, in the memory
+        of the student's logits; one pass and one copy less.
+        """
         self.shard, self.models = shard, models
         student = models["student"]
         self.device = student.device if isinstance(student, Tensor) else student[0].device
@@ -50,6 +56,9 @@ class Projection:
             }
             for _ in range(self.num_sets)
         ]
+        self._narrow: torch.dtype | None = None
+        if narrows and isinstance(student, tuple) and student[1].itemsize < shard.dtype.itemsize:
+            self._narrow = student[1].dtype
         self.hidden_grad: Tensor | None = None
         self.head_grad: Tensor | None = None
         if with_gradient:
@@ -58,7 +67,8 @@ class Projection:
     def _default_size(self, buffers: int) -> int:
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         row = max(1, self.shard.valid) * self.shard.dtype.itemsize * len(self.models) * buffers
-        return max(LEAST_TOKENS, CHUNK_BYTES[kind] // row)
+        size = max(LEAST_TOKENS, CHUNK_BYTES[kind] // row)
+        return size if kind == "cpu" else size // GEMM_ROWS * GEMM_ROWS
 
     def _prepare_gradients(self) -> None:
         student = self.models["student"]
@@ -95,9 +105,14 @@ class Projection:
                 index=index,
                 local_token=shard.local_token[part],
                 owned=shard.owned[part],
+                narrow=self._narrowed(buffers["student"]),
                 student_is_scratch=kept,
                 frozen_is_scratch=kept,
             )
+
+    def _narrowed(self, student: Tensor) -> Tensor | None:
+        """[n, V] in the narrower type, rows where those of the fp32 buffer start."""
+        return None if self._narrow is None else student.view(self._narrow)[:, : self.shard.valid]
 
     def _project(self, name: str, index: Tensor, out: Tensor) -> None:
         """The logits [n, V] of some tokens under a model, to `out`, in fp32 at least."""
@@ -132,8 +147,12 @@ class Projection:
             rows = chunk.student.to(student.dtype)
             self.logits_grad[:, : self.shard.valid].index_copy_(0, chunk.index, rows)
             return
-        grad, hidden, head = chunk.student, student[0].detach(), student[1].detach()
+        hidden, head = student[0].detach(), student[1].detach()
         states = self._select(hidden, chunk.index).to(head.dtype)
+        if chunk.narrow is not None:
+            self._add_narrow(chunk.narrow, states, chunk.index)
+            return
+        grad = chunk.student
         # In the head's own type at once; else a slice of the vocabulary at a time, so that what is
         # converted stays small and its sums are fp32.
         whole = head.dtype == grad.dtype
@@ -149,6 +168,16 @@ class Projection:
                 self._head_sum[piece] += product_in(self._head_sum.dtype, part.T, states)
         if self.hidden_grad is not None and product is not None:
             self.hidden_grad.index_copy_(0, chunk.index, product.to(hidden.dtype))
+
+    def _add_narrow(self, grad: Tensor, states: Tensor, index: Tensor) -> None:
+        """The same of a gradient in the head's type already: two products of full size."""
+        student = self.models["student"]
+        hidden, head = student[0].detach(), student[1].detach()[: self.shard.valid]
+        if self.hidden_grad is not None:
+            product = product_in(self.shard.dtype, grad, head)
+            self.hidden_grad.index_copy_(0, index, product.to(hidden.dtype))
+        if student[1].requires_grad:
+            add_product(self._head_sum[: self.shard.valid], grad.T, states)
 
     def finished_head_grad(self) -> Tensor | None:
         """The head's gradient in its own type; None where it is in `main_grad` or not wanted."""
@@ -169,3 +198,13 @@ def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where GPUs can do so in one product whose inputs are of half precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += product_in(total.dtype, a, b)

@@ -95,6 +95,7 @@ class ReverseKL(TowardTarget):
     """Exact reverse KL; the row gate chooses between the targets of two lambdas."""
 
     name = "reverse KL"
+    triton_sums = "reverse"
     keeps = True
     one_pass = True
 
@@ -162,6 +163,12 @@ class ReverseKL(TowardTarget):
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         constants = self.constants(found, c, divergence)
+        if (kernels := self.kernels(chunk.student)) is not None:
+            extra = None if constants.less is None else -constants.less[:, 0]
+            slope, bias = constants.slope[:, 0], constants.bias[:, 0]
+            factors = kernels.Factors(bias, constants.additive, slope, extra)
+            kernels.gradient(self, chunk, local, factors)
+            return
         for block in self.scratch(chunk).blocks(len(chunk)):
             columns = local.at(block, self.layout)
             self.block_gradient(chunk, block, columns, constants.part(block))

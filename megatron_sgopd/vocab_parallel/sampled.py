@@ -26,6 +26,8 @@ class Sampled(Objective):
 
     name = "sampled divergence"
     num_buffers = 2
+    scratch_share = 0.3  # nothing is done once a block: smaller ones are as quick
+    triton_sums = "none"
     keeps = True
 
     def block_statistics(self, chunk: Chunk, block: slice, columns: Columns) -> None:
@@ -62,6 +64,9 @@ class Sampled(Objective):
         toward = weight * advantage(found, c) + additive
         share, _ = self.own(found.student)
         slope = (toward * share / found.student.softmax.total).to(self.shard.dtype)
+        if (kernels := self.kernels(chunk.student)) is not None:
+            kernels.gradient(self, chunk, local, kernels.Factors(bias=slope, at_token=toward))
+            return
         scratch = self.scratch(chunk)
         for block in scratch.blocks(len(chunk)):
             a, e = scratch.buffers(block.stop - block.start)
