@@ -94,6 +94,10 @@ def test_an_infinite_divergence_is_refused_by_name(interpreted: Any) -> None:
     assert interpreted["refusal"].startswith("1 of 3 tokens have an infinite reverse KL")
 
 
+def test_an_infinite_divergence_without_weight_is_no_nan(interpreted: Any) -> None:
+    assert max(interpreted["unweighted"].values()) < 5e-7
+
+
 def test_no_token_needs_no_launch(interpreted: Any) -> None:
     assert interpreted["empty"] == [16, 0]
 

@@ -374,6 +374,28 @@ def measure_refusal() -> str:
     return ""
 
 
+def measure_unweighted(backend: str) -> float:
+    """How far a token's gradient is from its additive term's, whose weight is 0 and D infinite."""
+    rows = draw(3, 523)
+    exclude(rows, "teacher")
+    student = rows[0].clone().requires_grad_()
+    distillation_loss(
+        student,
+        rows[1],
+        tokens=torch.tensor([1, 2, 3]),
+        mask=torch.ones(3),
+        vocab_size=523,
+        coefficients=lambda s: (torch.tensor([1.0, 0.0, 1.0]), torch.ones(3), 0.5 * torch.ones(3)),
+        lambdas=(1.0,),
+        estimator="full_vocab",
+        backend=backend,
+    ).loss.backward()
+    want = 0.5 * rows[0][1].double().softmax(-1)
+    want[2] -= 0.5
+    assert student.grad is not None
+    return relative(student.grad[1], want)
+
+
 def interpret() -> dict[str, Any]:
     nothing = shard_of(torch.arange(0), 523)
     empty = make("reverse", nothing, "triton").statistics(chunk_of(draw(0, 523), nothing))
@@ -390,6 +412,7 @@ def interpret() -> dict[str, Any]:
         },
         "halves": {kind: measure_halves(kind) for kind in KINDS},
         "refusal": measure_refusal(),
+        "unweighted": {backend: measure_unweighted(backend) for backend in ("torch", "triton")},
         "empty": list(empty.storage.shape),
     }
 

@@ -202,4 +202,4 @@ def _nothing(task: Task, projection: Projection) -> Piece:
     objective = task.objective
     found = objective.merge_all(objective.no_columns()[None].double())
     empty = found.student_logprobs
-    return Piece(found, Coefficients(empty, empty, None, empty, empty), empty)
+    return Piece(found, Coefficients(empty, empty, None, empty, empty), empty, empty.bool())

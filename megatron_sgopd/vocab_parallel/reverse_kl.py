@@ -188,6 +188,7 @@ class ReverseKL(TowardTarget):
             constant = constant + over(moved, self.temperature)
         per_mass = share / found.student.softmax.total
         slope = over(weight * per_mass, self.temperature)
+        constant = torch.where(weight == 0, 0.0, constant)  # which is infinite where D is
         bias = (weight * constant + additive) * per_mass
         columns = torch.stack([slope, bias] if extra is None else [slope, bias, -extra])
         columns = columns.to(self.shard.dtype)[..., None]
@@ -205,6 +206,8 @@ class ReverseKL(TowardTarget):
             if self.careful:
                 gap.nan_to_num_(0.0, 0.0, 0.0)
             d = torch.addcmul(d, gap, less, out=d)
+        if self.careful:  # a token of weight 0 may have an infinite divergence
+            d.masked_fill_(constants.slope == 0, 0.0)
         torch.addcmul(constants.bias, d, constants.slope, out=d)
         rows = chunk.rows(block)
         out = torch.mul(e, d, out=destination(chunk.student, rows, d))

@@ -61,7 +61,7 @@ class Sampled(Objective):
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         weight, additive = c.per_logit(self.temperature)
-        toward = weight * advantage(found, c) + additive
+        toward = torch.where(weight == 0, 0.0, weight * advantage(found, c)) + additive
         share, _ = self.own(found.student)
         slope = (toward * share / found.student.softmax.total).to(self.shard.dtype)
         if (kernels := self.kernels(chunk.student)) is not None:

@@ -51,6 +51,7 @@ class Piece:
     found: Found
     coefficients: Coefficients
     losses: Tensor
+    infinite: Tensor  # bool: the loss is, although the student's row has a softmax
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,16 @@ class Task:
     ) -> Piece:
         """Losses of a chunk and, with `write`, the gradient over its student's rows."""
         divergence = self.objective.divergence(chunk, local, found, c)
-        self.refuse_infinite(divergence, found, c)
+        infinite = _is_infinite(divergence, found, c)
+        if not infinite.is_cuda:  # a GPU's are looked at once, with all chunks: see `total`
+            self.refuse(infinite)
         losses = _times(c.weight, divergence) - _times(c.additive, found.student_logprobs)
         if write and self.shard.valid:
             self.objective.gradient(chunk, local, found, c, divergence)
-        return Piece(found, c, losses)
+        return Piece(found, c, losses, infinite)
 
-    def refuse_infinite(self, divergence: Tensor, found: Found, c: Coefficients) -> None:
-        """Raises where the loss is infinite although the student's row has a softmax."""
-        logprob = found.student_logprobs
-        infinite = ~divergence.isfinite() & (c.weight != 0) & ~found.student.softmax.total.isnan()
-        infinite |= logprob.isinf() & (c.additive != 0)
+    def refuse(self, infinite: Tensor) -> None:
+        """Raises ValueError where a token's loss is infinite."""
         if bool(infinite.any()):
             raise ValueError(
                 f"{int(infinite.sum())} of {len(infinite)} tokens have an infinite "
@@ -144,8 +144,15 @@ class Task:
         )
 
     def total(self, pieces: Sequence[Piece]) -> Tensor:
+        """The loss. Raises ValueError where it is infinite."""
+        self.refuse(torch.cat([p.infinite for p in pieces]))
         sums = [(p.losses * p.coefficients.scale).sum() for p in pieces]
         return torch.stack(sums).sum().to(self.shard.dtype)
+
+
+def _is_infinite(divergence: Tensor, found: Found, c: Coefficients) -> Tensor:
+    infinite = ~divergence.isfinite() & (c.weight != 0) & ~found.student.softmax.total.isnan()
+    return infinite | (found.student_logprobs.isinf() & (c.additive != 0))
 
 
 def _times(factor: Tensor, value: Tensor) -> Tensor:

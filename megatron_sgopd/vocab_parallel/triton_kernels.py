@@ -42,10 +42,10 @@ class Tile:
 
     @classmethod
     def of(cls, matrices: Sequence[Tensor]) -> Tile:
-        """As wide reads as there are, two of them a model, and no more lanes than a row needs.
+        """Two reads a lane of each model, as wide as there are; no more lanes than a row needs.
 
-        Three models in 16 bits get one read each: two would take so many registers that half of
-        the threads have no place (docs/performance.md).
+        Three models in 16 bits get one read each: two would take 94 registers a thread, with which
+        half as many have place on a multiprocessor.
         """
         itemsize, width = min(m.element_size() for m in matrices), matrices[0].shape[-1]
         U = 1 if len(matrices) > 2 and itemsize == 2 else 2
