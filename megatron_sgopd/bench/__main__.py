@@ -18,7 +18,7 @@ from megatron_sgopd.config.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: done; 1: something failed; 2: refused; 130: interrupted."""
+    """Return exit code 0: done; 1: something failed; 2: refused; 130: interrupted."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -72,7 +72,7 @@ def _add_kl(command: argparse.ArgumentParser) -> None:
 
 
 def _kl(arguments: argparse.Namespace) -> int:
-    """Times, memory, collectives and gradient error of the loss beside its baselines."""
+    """Measure the loss beside its baselines: time, memory, collectives, gradient error."""
     given = {k: v for k, v in vars(arguments).items() if k != "run"}
     return run_kl(Options(**given))
 
@@ -103,7 +103,7 @@ def _add_plot(command: argparse.ArgumentParser) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    """Time and memory against tokens, vocabulary and tensor-parallel size."""
+    """Draw time and memory against tokens, vocabulary and tensor-parallel size."""
     from megatron_sgopd.bench.plots import plot
 
     for path in plot(arguments.file, arguments.out):
