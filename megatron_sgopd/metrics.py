@@ -112,7 +112,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._begun = time.perf_counter()
+        self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -127,11 +127,15 @@ class Clock:
         self.seconds[key] = self.seconds.get(key, 0.0) + seconds
 
     def take(self, whole: str | None = None) -> dict[str, float]:
-        """The spans since the last call; `whole` names all the time since then."""
-        now = time.perf_counter()
+        """The spans since the last call; `whole` names all the time since then.
+
+        Beside it `WHOLE_cpu`, what this process computed of it: the rest is waiting.
+        """
+        now, cpu = time.perf_counter(), time.process_time()
         if whole is not None:
             self.add(whole, now - self._begun)
-        taken, self.seconds, self._begun = self.seconds, {}, now
+            self.add(f"{whole}_cpu", cpu - self._cpu_begun)
+        taken, self.seconds, self._begun, self._cpu_begun = self.seconds, {}, now, cpu
         return taken
 
 

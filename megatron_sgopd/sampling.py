@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megatron_sgopd.types import Completion, Request
 
+CACHED_LOGITS = 2**18  # drawn from at a time on a CPU: 2 MB of float64 stays in its cache
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -32,7 +34,7 @@ class _Rows:
     min_p: Tensor
     open: Tensor  # bool, not finished; written to
 
-    def select(self, keep: Tensor) -> _Rows:
+    def select(self, keep: Tensor | slice) -> _Rows:
         return _Rows(**{f.name: getattr(self, f.name)[keep] for f in fields(self)})
 
 
@@ -91,19 +93,32 @@ class TokenSampler:
     def step(self, logits: Tensor) -> Tensor:
         """The next token of each row, [B]; rows whose request is finished get any token."""
         rows, at = self._rows, self._step
-        scaled = logits.float()
-        logprobs = (scaled / rows.divisor[:, None] if self._scales else scaled).log_softmax(-1)
-        if self._truncates:
-            logprobs = _truncated(logprobs, rows)
-        token = _drawn(logprobs, rows.uniforms[:, at])
-        if self._any_greedy:
-            token = torch.where(rows.greedy, logits.argmax(-1), token)
+        size = len(logits)
+        if logits.device.type == "cpu":
+            size = max(1, CACHED_LOGITS // logits.shape[1])
+        if size >= len(logits):
+            token, logprob = self._draw(logits, rows)
+        else:
+            blocks = [slice(i, i + size) for i in range(0, len(logits), size)]
+            drawn = [self._draw(logits[block], rows.select(block)) for block in blocks]
+            token, logprob = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         self.tokens[at].index_copy_(0, rows.request, token.masked_fill(~rows.open, -1))
-        self.logprobs[at].index_copy_(0, rows.request, logprobs.gather(-1, token[:, None])[:, 0])
+        self.logprobs[at].index_copy_(0, rows.request, logprob)
         self._step += 1
         stop = (rows.stops == token[:, None]).any(-1)
         rows.open.logical_and_(~stop).logical_and_(rows.limit > self._step)
         return token
+
+    def _draw(self, logits: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
+        """A token of each of these rows, and its log-probability."""
+        scaled = logits.float()
+        logprobs = (scaled / rows.divisor[:, None] if self._scales else scaled).log_softmax(-1)
+        if self._truncates:
+            logprobs = _truncated(logprobs, rows)
+        token = _drawn(logprobs, rows.uniforms[:, self._step])
+        if self._any_greedy:
+            token = torch.where(rows.greedy, logits.argmax(-1), token)
+        return token, logprobs.gather(-1, token[:, None])[:, 0]
 
     def completions(self, policy_version: int) -> list[Completion]:
         tokens, logprobs = self.tokens.T.tolist(), self.logprobs.T.tolist()

@@ -11,20 +11,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sgopd.bench import step
 from megatron_sgopd.bench.cases import Shape
 from megatron_sgopd.bench.kl import ALLOCATORS, ROUNDS, Options, WorkerFailed, run_kl
 from megatron_sgopd.config.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: done; 1: something failed; 2: refused; 130: interrupted."""
+    """Return exit code 0: done; 1: something failed; 2: refused; 130: interrupted."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except ConfigError as error:
         print(f"sgopd bench: {error}", file=sys.stderr)
         return 2
-    except WorkerFailed as error:
+    except (WorkerFailed, step.StepFailed) as error:
         print(f"sgopd bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="WHAT", required=True)
     _add_kl(commands.add_parser("kl", help="the loss", description=_first_line(_kl)))
+    _add_step(commands.add_parser("step", help="whole steps", description=_first_line(_step)))
     _add_plot(commands.add_parser("plot", help="figures of the loss's rows"))
     return parser
 
@@ -70,9 +72,28 @@ def _add_kl(command: argparse.ArgumentParser) -> None:
 
 
 def _kl(arguments: argparse.Namespace) -> int:
-    """Times, memory, collectives and gradient error of the loss beside its baselines."""
+    """Measure the loss beside its baselines: time, memory, collectives, gradient error."""
     given = {k: v for k, v in vars(arguments).items() if k != "run"}
     return run_kl(Options(**given))
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_step)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    command.add_argument("--vocab", type=int, choices=[*step.SIZES], default=22)
+    command.add_argument(
+        "--environment",
+        choices=step.ENVIRONMENTS,
+        default="same",
+        help="same: both reuse memory (glibc); shipped: each as its own launcher starts it",
+    )
+    command.add_argument("--repeats", type=_positive, metavar="N", default=step.REPEATS)
+
+
+def _step(arguments: argparse.Namespace) -> int:
+    """Seconds and memory of a training step beside TRL's DistillationTrainer."""
+    given = {k: v for k, v in vars(arguments).items() if k != "run"}
+    return step.run_step(step.Options(**given))
 
 
 def _add_plot(command: argparse.ArgumentParser) -> None:
@@ -82,7 +103,7 @@ def _add_plot(command: argparse.ArgumentParser) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    """Time and memory against tokens, vocabulary and tensor-parallel size."""
+    """Draw time and memory against tokens, vocabulary and tensor-parallel size."""
     from megatron_sgopd.bench.plots import plot
 
     for path in plot(arguments.file, arguments.out):

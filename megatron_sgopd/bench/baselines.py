@@ -43,13 +43,13 @@ class Baseline:
     slow_on_cpu: bool = False  # left out of large cases there
 
     def serves_on(self, device: str, case: Case) -> bool:
-        """Whether it is measured beside ours."""
+        """Say whether it is measured beside ours."""
         if device == "cpu" and (self.cuda_only or (self.slow_on_cpu and case.is_large)):
             return False
         return self.serves(case) and not (self.is_compiled and case.tokens < COMPILED_FROM_TOKENS)
 
     def variant(self, case: Case) -> Variant:
-        """Raises whatever the import raises."""
+        """Import it; raises whatever the import raises."""
         found: Any = importlib.import_module(self.module)
         for part in self.function.split("."):
             found = getattr(found, part)
@@ -66,7 +66,7 @@ class Baseline:
 
 
 def baseline_variants(case: Case, device: str, missing: dict[str, str]) -> list[Variant]:
-    """Those that serve the case and are installed; the others' reasons go into `missing`."""
+    """Find those that serve the case; why one is not installed goes into `missing`."""
     found = []
     for baseline in BASELINES:
         if not baseline.serves_on(device, case):
@@ -91,7 +91,7 @@ def _trl_jsd(function: Any, case: Case) -> Loss:
 
 
 def _modelopt_kl(cls: Any, case: Case) -> Loss:
-    """`reverse` swaps torch's kl_div, whose own order is the forward KL."""
+    """Make the criterion; `reverse` swaps torch's kl_div, whose own order is the forward KL."""
     config = SimpleNamespace(tensor_model_parallel_size=case.tp)
     criterion = cls(config, reverse=case.objective == "reverse_kl")
 
@@ -103,7 +103,7 @@ def _modelopt_kl(cls: Any, case: Case) -> Loss:
 
 
 def _cross_entropy(function: Any, *more: Callable[[], Any]) -> Loss:
-    """-(T - S) log p of the sampled token from a cross-entropy [T, 1] of logits [T, 1, V]."""
+    """Make -(T - S) log p of a cross-entropy that takes logits [T, 1, V] and tokens [T, 1]."""
 
     def loss(student: Any, batch: Batch) -> Tensor:
         ce = function(student[:, None], batch.tokens[:, None], *(make() for make in more))[:, 0]
@@ -290,7 +290,7 @@ BASELINES: Sequence[Baseline] = (
 
 
 def start_megatron(tp: int) -> None:
-    """Megatron's tensor-parallel group, over all ranks of this process group."""
+    """Make Megatron's tensor-parallel group, over all ranks of this process group."""
     assert dist.get_world_size() == tp, "one tensor-parallel group, no data parallelism"
     state = importlib.import_module("megatron.core.parallel_state")
     state.initialize_model_parallel(tensor_model_parallel_size=tp)

@@ -41,7 +41,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What `--only` matches against."""
+        """Name it, for `--only` to match against."""
         what = self.form if self.form == self.objective else f"{self.form} {self.objective}"
         return f"{what} {self.tokens}x{self.vocab} {self.dtype} tp{self.tp}"
 
@@ -55,7 +55,7 @@ class Case:
 
     @property
     def shard_bytes(self) -> int:
-        """One rank's logits in their own dtype: the unit of memory."""
+        """Count one rank's logits in their own dtype: the unit of memory."""
         return self.tokens * self.vocab // self.tp * (4 if self.dtype == "fp32" else 2)
 
 
@@ -66,7 +66,7 @@ def cases(
     shapes: Sequence[Shape] = (),
     only: str = "",
 ) -> list[Case]:
-    """All cases of a run, in order.
+    """List all cases of a run, in order.
 
     Args:
         shapes: in place of the default ones.

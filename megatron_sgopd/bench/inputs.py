@@ -40,17 +40,17 @@ class Batch:
 
     @property
     def mask(self) -> Tensor:
-        """Every token counts: the plain forms have no way to leave one out."""
+        """Count every token: the plain forms have no way to leave one out."""
         return torch.ones_like(self.tokens, dtype=torch.bool)
 
     @property
     def outcome(self) -> sgopd.Outcome:
-        """Every token the student's own, half of the rollouts right."""
+        """Call every token the student's own and half of them right."""
         none = torch.zeros_like(self.tokens, dtype=torch.bool)
         return sgopd.Outcome(self.advantages, self.advantages > 0, none, imitates=False)
 
     def select(self, part: slice) -> Batch:
-        """A batch of some of the tokens."""
+        """Make a batch of some of the tokens."""
 
         def cut(rows: Any) -> Any:
             if isinstance(rows, tuple):
@@ -68,7 +68,7 @@ class Batch:
         )
 
     def shard(self, group: dist.ProcessGroup) -> Batch:
-        """This rank's columns of logits of all ranks, in memory of their own."""
+        """Copy this rank's columns of all ranks' logits."""
         rank, width = group.rank(), self.vocab // group.size()
 
         def cut(rows: Any) -> Any:
@@ -84,7 +84,7 @@ class Batch:
 
 
 def draw(case: Case, device: str) -> Batch:
-    """The whole batch of a case, over all ranks' vocabulary."""
+    """Draw the whole batch of a case, over all ranks' vocabulary."""
     dtype = TORCH_DTYPES[case.dtype]
     g = torch.Generator(device).manual_seed(SEED)
 
@@ -118,7 +118,7 @@ def draw(case: Case, device: str) -> Batch:
 
 
 def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Row by row, so that nothing of full size is left behind."""
+    """Go by few rows, so that nothing of full size is left behind."""
     out = [
         x.log_softmax(-1).gather(-1, y[:, None])[:, 0]
         for x, y in zip(logits.split(16), tokens.split(16), strict=True)
@@ -157,7 +157,7 @@ class Student:
         self._gradients: list[Tensor] = []
 
     def rows(self, *, main_grad: bool = False) -> Rows:
-        """Logits, or (hidden, head), that require a gradient; the last gradient is forgotten.
+        """Give logits, or (hidden, head), that require a gradient; the last one is forgotten.
 
         `main_grad`: the head has Megatron's fp32 buffer, which holds its gradient.
         """
@@ -174,7 +174,7 @@ class Student:
         return attached, self._head
 
     def gradients(self) -> list[Tensor]:
-        """Of the logits; or of the hidden states and of the head."""
+        """Give that of the logits; or of the hidden states and of the head."""
         assert len(self._gradients) == 1, "one backward, one gradient"
         if self._head is None:
             return list(self._gradients)
@@ -183,5 +183,5 @@ class Student:
         return [*self._gradients, of_head]
 
     def restore(self, original: Tensor) -> None:
-        """Puts back what a variant that works in place has overwritten."""
+        """Put back what a variant that works in place has overwritten."""
         self._buffer.copy_(original)

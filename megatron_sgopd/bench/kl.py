@@ -47,7 +47,7 @@ class Options:
 
 
 def run_kl(options: Options) -> int:
-    """Exit code 0: measured; 1: a variant of ours has failed, or a whole worker.
+    """Return exit code 0: measured; 1: a variant of ours has failed, or a whole worker.
 
     Raises:
         ConfigError: options that leave nothing to measure, or a file that cannot be written.
@@ -99,7 +99,7 @@ def _job(chosen: list[Case], options: Options, allocator: str, *, with_error: bo
 
 
 def _worker(job: Job) -> Iterator[dict[str, Any]]:
-    """What a worker finds, as it finds it."""
+    """Yield what a worker finds, as it finds it."""
     read, write = os.pipe()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     environment |= ALLOCATORS[job.allocator] | {
@@ -133,7 +133,7 @@ class WorkerFailed(RuntimeError):
 
 
 def _tell(found: dict[str, Any]) -> None:
-    """What a worker says before its first case."""
+    """Print what a worker says before its first case."""
     if "rates" in found:
         print(f"this machine: {found['line']}\n")
         return
@@ -144,7 +144,7 @@ def _tell(found: dict[str, Any]) -> None:
 
 
 def _share_errors(rows: list[Row]) -> None:
-    """The gradient's error, measured under the first allocator, is every allocator's."""
+    """Give every allocator's rows the gradient's error, measured under the first."""
 
     parts = ("name", "form", "objective", "tokens", "vocab", "tp", "dtype")
 

@@ -50,7 +50,7 @@ class Rates:
     bf16_flops: float
 
     def floor_seconds(self, case: Case) -> float:
-        """The least time of a case's forward and backward on one rank."""
+        """Give the least time of a case's forward and backward on one rank."""
         elements = case.tokens * case.vocab // case.tp
         width = case.shard_bytes / elements
         calls = EXPONENTIALS[case.objective] + (case.form == "fused")
@@ -70,7 +70,7 @@ class Rates:
 
 
 def measure_rates(device: str) -> Rates:
-    """Seconds of a CPU, less of a GPU."""
+    """Measure for seconds on a CPU, for less on a GPU."""
     is_gpu = device == "cuda"
     # A block that stays in the cache: torch.exp2 is the faster of torch's two on a CPU.
     block = torch.randn(1 << 24 if is_gpu else 1 << 16, device=device)
@@ -83,7 +83,7 @@ def measure_rates(device: str) -> Rates:
 
 
 def _flops(device: str, dtype: torch.dtype) -> float:
-    """Over the four products of a chunk: two projections, two gradients."""
+    """Time the four products of a chunk: two projections, two gradients."""
     n, d, v = (4096, 2048, 32_768) if device == "cuda" else (256, 512, 16_384)
 
     def random(*shape: int) -> Tensor:
@@ -101,7 +101,7 @@ def _flops(device: str, dtype: torch.dtype) -> float:
 
 
 def _fastest(function: Callable[[], object], calls: int = 1) -> float:
-    """Seconds of one call, the best of a few repeats after a warm-up."""
+    """Give the seconds of one call, the best of a few repeats after a warm-up."""
 
     is_gpu = torch.cuda.is_initialized()
     clock = time.perf_counter if is_gpu else time.process_time

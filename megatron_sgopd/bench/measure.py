@@ -48,7 +48,7 @@ COLLECTIVES = (  # torch 2.13 has two of them under another name as well
 def times(
     variants: Sequence[Variant], batch: Batch, *, rounds: int, budget_s: float
 ) -> dict[str, list[float]]:
-    """Seconds of forward and backward, a list over rounds for each variant: A B C A B C …
+    """Time forward and backward in seconds, a list over rounds for each variant: A B C A B C …
 
     The rounds end early, not before the third, when they have taken longer than `budget_s`.
     """
@@ -73,12 +73,12 @@ def times(
 
 
 def time_ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median over rounds of this variant's time over that one's in the same round."""
+    """Give the median over rounds of this time over that one's in the same round."""
     return median(a / b for a, b in zip(mine, theirs, strict=True))
 
 
 def _clock(batch: Batch) -> Callable[[], float]:
-    """A single thread's processor time, which other processes disturb less; else the wall's."""
+    """Choose a single thread's processor time, which others disturb less; else the wall's."""
     is_alone = batch.group is None and batch.tokens.device.type == "cpu"
     return time.process_time if is_alone else time.perf_counter
 
@@ -106,7 +106,7 @@ def _buffer(batch: Batch) -> Tensor:
 
 
 def once(variant: Variant, batch: Batch, exact: Sequence[Tensor] | None) -> dict[str, Any]:
-    """Peak memory above that of the inputs (the gradient is part of it), collectives, error.
+    """Measure memory above the inputs' at its peak (gradient included), collectives, error.
 
     The peak of a process is looked at, so this is for one that has done nothing else. What a
     variant loads or compiles in its first run is no part of the figure.
@@ -127,7 +127,7 @@ def once(variant: Variant, batch: Batch, exact: Sequence[Tensor] | None) -> dict
 
 
 def _count_collectives(variant: Variant, batch: Batch) -> dict[str, Any]:
-    """Of forward and of backward; on a few tokens where no rank waits for another."""
+    """Count forward and backward apart; on a few tokens where no rank waits for another."""
     part = batch.select(slice(WARM_UP_TOKENS if batch.group is None else None))
     rows = _copy(part).rows(main_grad=variant.main_grad)
     with _counted_collectives() as forward:
@@ -139,7 +139,7 @@ def _count_collectives(variant: Variant, batch: Batch) -> dict[str, Any]:
 
 @contextmanager
 def _counted_collectives() -> Iterator[list[str]]:
-    """The names of torch.distributed's functions that are called, as they are called.
+    """Collect the names of torch.distributed's functions as they are called.
 
     Everybody here looks them up when calling. A dispatch mode or the profiler would see them too,
     and would import torch's compiler in every process.
@@ -164,7 +164,7 @@ def _counted_collectives() -> Iterator[list[str]]:
 
 
 def _copy(batch: Batch) -> Student:
-    """The student's rows in other memory: some variants write over them."""
+    """Copy the student's rows: some variants write over them."""
     buffer = _buffer(batch).clone()
     is_fused = isinstance(batch.student, tuple)
     return Student((buffer, batch.student[1]) if is_fused else buffer)
@@ -172,7 +172,7 @@ def _copy(batch: Batch) -> Student:
 
 @contextmanager
 def _peak(batch: Batch) -> Iterator[Callable[[], int]]:
-    """Gives a function: the bytes by which memory has risen at its highest since."""
+    """Give a function: the bytes by which memory has risen at its highest since."""
     if batch.tokens.is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -186,7 +186,7 @@ def _peak(batch: Batch) -> Iterator[Callable[[], int]]:
 
 
 def return_freed_memory() -> None:
-    """To the system, whatever the allocator's setting."""
+    """Hand it to the system, whatever the allocator's setting."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -202,7 +202,7 @@ def _status_bytes(key: str) -> int:
 
 
 def exact_gradients(case: Case, whole: Batch) -> list[Tensor]:
-    """In float64, of the logits; or of the hidden states and of the head."""
+    """Compute in float64 that of the logits; or of the hidden states and of the head."""
     objective = plain.OBJECTIVES[case.objective]
     buffer = _buffer(whole)
     gradients = [torch.empty(buffer.shape, dtype=torch.float64, device=buffer.device)]
@@ -226,7 +226,7 @@ def exact_gradients(case: Case, whole: Batch) -> list[Tensor]:
 
 
 def _widened(block: Batch, heads: dict[str, Tensor]) -> Batch:
-    """The block in float64, hidden states projected."""
+    """Widen a block to float64, hidden states projected."""
 
     def logits(name: str) -> Tensor | None:
         rows = getattr(block, name)
@@ -241,7 +241,7 @@ def _widened(block: Batch, heads: dict[str, Tensor]) -> Batch:
 
 
 def _relative_error(gradient: Tensor, exact: Tensor, scale: float) -> float:
-    """In blocks, so that no copy of full size is made."""
+    """Sum in blocks, so that no copy of full size is made."""
     wrong = norm = 0.0
     for g, e in zip(gradient.split(EXACT_ROWS), exact.split(EXACT_ROWS), strict=True):
         wrong += float((g.double() * scale - e).square().sum())

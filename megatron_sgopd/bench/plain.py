@@ -26,24 +26,24 @@ Objective = Callable[[Tensor, Batch], Tensor]  # student logits [T, V], and the 
 
 
 def reverse_kl(student: Tensor, batch: Batch) -> Tensor:
-    """KL(student || teacher)."""
+    """Compute KL(student || teacher)."""
     return _kl(_wide(student).log_softmax(-1), _wide(batch.teacher).log_softmax(-1))
 
 
 def forward_kl(student: Tensor, batch: Batch) -> Tensor:
-    """KL(teacher || student)."""
+    """Compute KL(teacher || student)."""
     return _kl(_wide(batch.teacher).log_softmax(-1), _wide(student).log_softmax(-1))
 
 
 def jsd(student: Tensor, batch: Batch, beta: float = JSD_BETA) -> Tensor:
-    """beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q; p student, q teacher."""
+    """Compute beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q; q teacher."""
     p, q = _wide(student).log_softmax(-1), _wide(batch.teacher).log_softmax(-1)
     m = torch.logaddexp(p + math.log(1 - beta), q + math.log(beta))
     return beta * _kl(q, m) + (1 - beta) * _kl(p, m)
 
 
 def gated_reverse_kl(student: Tensor, batch: Batch) -> Tensor:
-    """KL to the extrapolated teacher where the gate of the sampled token is open."""
+    """Compute the KL to the extrapolated teacher where the gate of the sampled token is open."""
     p = _wide(student).log_softmax(-1)
     t, r = _wide(batch.teacher), _wide(batch.reference)
     here = batch.tokens[:, None]
@@ -54,7 +54,7 @@ def gated_reverse_kl(student: Tensor, batch: Batch) -> Tensor:
 
 
 def candidate(student: Tensor, batch: Batch) -> Tensor:
-    """-E_student of the advantage with a gate per vocabulary entry, the advantage detached."""
+    """Compute -E_student of the detached advantage with a gate per vocabulary entry."""
     p = _wide(student).log_softmax(-1)
     t, r = (_wide(x).log_softmax(-1) for x in (batch.teacher, batch.reference))
     a2 = t - p.detach()
@@ -63,7 +63,7 @@ def candidate(student: Tensor, batch: Batch) -> Tensor:
 
 
 def sampled(student: Tensor, batch: Batch) -> Tensor:
-    """-(T - S) log p_student of the sampled token, the bracket detached."""
+    """Compute -(T - S) log p_student of the sampled token, the bracket detached."""
     p = _wide(student).log_softmax(-1).gather(-1, batch.tokens[:, None])[:, 0]
     return -((batch.teacher_logprobs.to(p.dtype) - p.detach()) * p).sum()
 
@@ -79,7 +79,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def loss(case: Case, student: Rows, batch: Batch) -> Tensor:
-    """The case's objective as somebody without a vocabulary-parallel loss computes it."""
+    """Compute the case's objective as one does without a vocabulary-parallel loss."""
     objective = OBJECTIVES[case.objective]
     if isinstance(student, tuple):
         assert isinstance(batch.teacher, tuple), "both models as hidden states"
@@ -114,6 +114,6 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _wide(x: Rows | None) -> Tensor:
-    """In the dtype of the arithmetic."""
+    """Convert to the dtype of the arithmetic."""
     assert isinstance(x, Tensor), "the objective reads logits of this model"
     return x if x.dtype == torch.float64 else x.float()

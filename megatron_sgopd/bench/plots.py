@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def plot(file: Path, folder: Path) -> list[Path]:
-    """The figures' paths; an axis along which nothing varies has none.
+    """Write the figures and give their paths; an axis along which nothing varies has none.
 
     Raises:
         ConfigError: the file or the folder is not there, or the file holds no such rows.
@@ -65,7 +65,7 @@ def _is_drawn(row: Row) -> bool:
 
 
 def _varying(rows: Sequence[Row], axis: str) -> list[Row]:
-    """The rows in which the axis takes most values and the other two stay as they are."""
+    """Find rows in which this axis takes most values and the other two stay as they are."""
     others = [name for name in AXES if name != axis]
     groups: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
@@ -108,7 +108,7 @@ def _draw(rows: Sequence[Row], axis: str, path: Path) -> None:
 
 
 def _mebibytes(row: Row) -> float:
-    """At least one, so that a log scale holds it."""
+    """Count at least one, so that a log scale holds it."""
     shard = row["tokens"] * row["vocab"] // row["tp"] * 4
     return max(row["extra_memory_shards"] * shard / MIB, 1.0)
 

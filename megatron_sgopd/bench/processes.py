@@ -28,13 +28,13 @@ class ChildFailed(RuntimeError):
 
 
 def isolated(function: Callable[[], Any]) -> Any:
-    """The function's result from a process of its own."""
+    """Run the function in a process of its own and give its result."""
     (result,) = _run([function])
     return result
 
 
 def on_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
-    """The function's results from the ranks of a gloo group, in rank order."""
+    """Run the function on the ranks of a gloo group; results in rank order."""
     with tempfile.TemporaryDirectory(prefix="sgopd-bench-") as folder:
         store = Path(folder, "store")
 
@@ -46,7 +46,7 @@ def on_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
 
 
 def join_group(store: Path, rank: int, world_size: int, backend: str = "gloo") -> None:
-    """Makes this process a rank of the default group."""
+    """Make this process a rank of the default group."""
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=TIMEOUT
     )

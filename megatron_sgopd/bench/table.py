@@ -11,7 +11,7 @@ HEAD = ("", "time/plain", "ms", "of floor", "shards", "error", "collectives")
 
 
 def case_table(case: Case, rows: Sequence[dict[str, Any]]) -> str:
-    """A block of lines; an allocator's numbers follow the other's."""
+    """Set a case's rows as lines; one allocator's follow the other's."""
     mine = [row for row in rows if _is_of(case, row)]
     blocks = []
     for allocator in dict.fromkeys(row["allocator"] for row in mine):

@@ -37,7 +37,7 @@ class Variant:
 
 
 def plain_variants(case: Case, device: str) -> list[Variant]:
-    """Plain PyTorch; on a GPU also compiled."""
+    """Make plain PyTorch; on a GPU also compiled."""
     function = partial(plain.loss, case)
     module = f"{plain.__name__}.{case.objective}"
     origin = (("package", "torch"), ("version", torch.__version__), ("module", module))
@@ -59,7 +59,7 @@ def our_loss(
     token_local: bool = True,
     overwrite_student: bool = True,
 ) -> Tensor:
-    """`distillation_loss` with the method that the trainer would take for the case.
+    """Call `distillation_loss` with the method that the trainer would take for the case.
 
     Without `token_local` the method is asked once about all tokens, as one that looks at whole
     rollouts is: the statistics of all tokens then come first, and every row is read twice.
@@ -92,7 +92,7 @@ def our_loss(
 
 
 def our_variants(case: Case) -> list[Variant]:
-    """In one pass over the student's logits; and keeping them, or in two passes."""
+    """Make the loss in one pass over the student's logits; keeping them; in two passes."""
     made = [Variant("ours", partial(our_loss, case), ours=True)]
     is_main = case.form == "logits" and case.objective in MAIN
     if is_main and case.tp == 1:

@@ -62,13 +62,13 @@ def main(job: Job, results: TextIO) -> None:
 
 
 def variants_of(case: Case, device: str, missing: dict[str, str]) -> list[Variant]:
-    """Plain PyTorch first: the others' times are divided by its own."""
+    """List plain PyTorch first: the others' times are divided by its own."""
     plain = plain_variants(case, device)
     return [*plain, *our_variants(case), *baseline_variants(case, device, missing)]
 
 
 def case_rows(case: Case, job: Job, rates: Rates) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of a case, and why a variant has none."""
+    """Measure the rows of a case, and say why a variant has none."""
     variants = variants_of(case, job.device, {})
     batch = draw(case, job.device)
     exact = measure.exact_gradients(case, batch) if job.with_error else None
@@ -136,7 +136,7 @@ def _once(variant: Variant, exact: list[Tensor] | None, batch: Batch) -> dict[st
 
 
 def _run(case: Case, device: str, batch: Batch, variants: Sequence[Variant], task: Task) -> Any:
-    """The task on the case's inputs, in fresh processes: one, or the ranks of a group."""
+    """Run the task on the case's inputs, in fresh processes: one, or a group's ranks."""
     with_megatron = any(variant.needs_megatron for variant in variants)
 
     def on_rank() -> Any:
@@ -158,7 +158,7 @@ def _run(case: Case, device: str, batch: Batch, variants: Sequence[Variant], tas
 
 
 def _in_child(device: str, function: Callable[[], Any]) -> Any:
-    """In a process of its own on a CPU; CUDA cannot be forked, and counts its memory itself."""
+    """Run in a process of its own on a CPU; CUDA cannot be forked, and counts its memory."""
     if device == "cpu":
         return isolated(function)
     try:

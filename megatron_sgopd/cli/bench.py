@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """The bench's own exit code; that of a process ended by a signal is 128 and the signal."""
+    """Return the bench's exit code; of a process ended by a signal 128 and the signal."""
     command = [sys.executable, "-m", "megatron_sgopd.bench", *arguments.arguments]
     try:
         code = subprocess.run(command).returncode

@@ -95,8 +95,8 @@ class Projection:
             index = shard.active[part]
             n = len(index)
             buffers = {k: b[:n] for k, b in self._sets[number % len(self._sets)].items()}
-            for name, out in buffers.items():
-                self._project(name, index, out)
+            for name, out in buffers.items():  # the student first
+                self._project(name, index, out, buffers["student"])
             yield Chunk(
                 buffers["student"],
                 buffers.get("teacher"),
@@ -114,7 +114,7 @@ class Projection:
         """[n, V] in the narrower type, rows where those of the fp32 buffer start."""
         return None if self._narrow is None else student.view(self._narrow)[:, : self.shard.valid]
 
-    def _project(self, name: str, index: Tensor, out: Tensor) -> None:
+    def _project(self, name: str, index: Tensor, out: Tensor, student: Tensor) -> None:
         """The logits [n, V] of some tokens under a model, to `out`, in fp32 at least."""
         rows, valid = self.models[name], self.shard.valid
         if isinstance(rows, Tensor):
@@ -127,13 +127,17 @@ class Projection:
         elif out.is_cuda:
             torch.mm(hidden, head.T, out_dtype=out.dtype, out=out)
         else:
-            # CPUs give the product in the inputs' type. What that rounding took from the student's
-            # logits is added by a second product; it is most of the gradient's error (LOG.md).
+            # CPUs give a product in the inputs' type: rounded by its size, which for logits is most
+            # of the gradient's error. So a product of what the result lies beyond a rounded guess
+            # is made. The student's guess takes a product of its own; for the frozen models the
+            # student's logits are one, and the difference is what counts.
             for piece in _slices(valid):
-                rounded = torch.mm(hidden, head[piece].T)
-                out[:, piece] = rounded
                 if name == "student":
-                    out[:, piece] += rounded.addmm_(hidden, head[piece].T, beta=-1.0)
+                    guess = torch.mm(hidden, head[piece].T)
+                else:
+                    guess = student[:, piece].to(head.dtype)
+                out[:, piece] = guess
+                out[:, piece] += guess.addmm_(hidden, head[piece].T, beta=-1.0)
 
     def _select(self, hidden: Tensor, index: Tensor) -> Tensor:
         return hidden if len(index) == len(hidden) else hidden.index_select(0, index)
