@@ -20,6 +20,7 @@ from megatron_sgopd.config.errors import ConfigError
 AXES = {"tokens": "tokens", "vocab": "vocabulary", "tp": "tensor-parallel ranks"}
 COLOURS = ("#475569", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2")
 OURS = "#2563eb"
+MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, GRID = "#64748b", "#e2e8f0"
 MIB = 1 << 20
 
@@ -94,15 +95,22 @@ def _draw(rows: Sequence[Row], axis: str, path: Path) -> None:
             look: dict[str, Any] = {
                 "color": OURS if name == "ours" else COLOURS[(index - 1) % len(COLOURS)],
                 "linewidth": 2.2 if name == "ours" else 1.3,
-                "marker": "o",
-                "markersize": 4,
+                "marker": MARKERS[index % len(MARKERS)],
+                "markersize": 9 - 2 * min(index, 3),  # equal values stay visible below one another
                 "label": name,
             }
             time.plot(at, [row["time_ms"] for row in points], **look)
             memory.plot(at, [_mebibytes(row) for row in points], **look)
         _dress(time, rows, axis, "forward and backward, ms")
         _dress(memory, rows, axis, "extra memory of a rank, MiB")
-        time.legend(frameon=False, fontsize=8, labelcolor=INK)
+        figure.legend(
+            *time.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=len(names),
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+        )
         figure.suptitle(_title(rows, axis), fontsize=9, color=INK)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 

@@ -38,6 +38,7 @@ from megatron_sgopd.bench.variants import Variant, our_variants, plain_variants
 from megatron_sgopd.failure import die_with_parent
 
 Task = Callable[[Batch], Any]
+ALL = "all variants together"
 
 
 def main(job: Job, results: TextIO) -> None:
@@ -57,7 +58,10 @@ def main(job: Job, results: TextIO) -> None:
     rates: Rates = _in_child(job.device, lambda: measure_rates(job.device))
     say(rates=asdict(rates), line=rates.line())
     for case in job.cases:
-        rows, failed = _in_child(job.device, partial(case_rows, case, job, rates))
+        try:
+            rows, failed = _in_child(job.device, partial(case_rows, case, job, rates))
+        except ChildFailed as error:
+            rows, failed = [], {ALL: str(error)}
         say(case=case.label, rows=rows, failed=failed)
 
 
@@ -86,7 +90,7 @@ def case_rows(case: Case, job: Job, rates: Rates) -> tuple[list[dict[str, Any]],
         task = partial(measure.times, working, rounds=job.rounds, budget_s=job.budget_s)
         times = _run(case, job.device, batch, working, task)
     except ChildFailed as error:
-        return [], failed | {"all variants together": str(error)}
+        return [], failed | {ALL: str(error)}
     floor = rates.floor_seconds(case)
     rows = [_row(case, job, v, found[v.name], times, floor) for v in working]
     theirs = [v.name for v in working if not v.ours and not v.is_plain]
