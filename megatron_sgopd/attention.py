@@ -24,8 +24,6 @@ from torch import Tensor
 
 from megatron_sgopd.collectives import all_gather, reduce_scatter
 
-SHORT = 128  # positions up to which CPUs take less time for plain products than for torch's kernel
-
 
 class SDPAttention(MegatronModule):
     """[s, b, h, d] -> [s, b, h * d]; packed [t, h, d] -> [t, h * d]. Fewer key heads are GQA."""
@@ -110,8 +108,6 @@ class SDPAttention(MegatronModule):
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The queries are the last of the keys' positions."""
         n, m = len(query), len(key)
-        if n == m <= SHORT and query.device.type == "cpu" and query.dtype != torch.bfloat16:
-            return _causal_by_products(query, key, value, self.softmax_scale)
         mask = None
         if n != m:
             mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
@@ -126,20 +122,6 @@ class SDPAttention(MegatronModule):
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def _causal_by_products(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Scores, softmax and weighted values as they are written; all scores exist at once."""
-    s, b, h, d = query.shape
-    g = key.shape[2]
-    # The queries of a key's heads are the rows of one product.
-    q = query.unflatten(2, (g, -1)).permute(1, 2, 3, 0, 4).reshape(b * g, -1, d)
-    k = key.permute(1, 2, 3, 0).reshape(b * g, d, s)
-    v = value.permute(1, 2, 0, 3).reshape(b * g, s, d)
-    ahead = query.new_full((s, s), -torch.inf).triu(1).repeat(h // g, 1)
-    scores = torch.baddbmm(ahead, q, k, alpha=d**-0.5 if scale is None else scale)
-    out = torch.bmm(scores.softmax(-1), v).unflatten(1, (-1, s)).unflatten(0, (b, g))
-    return out.permute(3, 0, 1, 2, 4).reshape(s, b, h * d)
 
 
 class _GatherAlongSequence(torch.autograd.Function):

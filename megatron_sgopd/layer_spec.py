@@ -39,33 +39,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            output: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
-            return output
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """torch's forward pass; backward in half the passes over x of torch's on CPUs.
-
-    With r = 1 / rms(x), y = r x over D channels and incoming gradient g:
-    dx = r (g w - y mean(g y w)), dw = sum over positions of g y.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
-        r = x.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
-        y = x * r
-        ctx.save_for_backward(y, r, weight)
-        return y * weight
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        y, r, weight = ctx.saved_tensors
-        grad_y = grad * y
-        mean = (grad_y @ weight).div_(len(weight))[..., None]
-        grad_weight = grad_y.flatten(0, -2).sum(0)
-        return (grad * weight).addcmul_(y, mean, value=-1.0).mul_(r), grad_weight, None
 
 
 def block_spec(

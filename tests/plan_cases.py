@@ -12,13 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_sgopd import attention, layer_spec
 from megatron_sgopd.config.schema import (
     Config,
     DistillConfig,
@@ -117,23 +114,10 @@ def rollouts_of(case: PlanCase, groups: Groups, vocab: int) -> list[Rollout]:
     return rollouts
 
 
-class TorchNorm:
-    """In the place of `layer_spec._RMSNorm`: what GPUs run there."""
-
-    @staticmethod
-    def apply(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-
 @contextmanager
 def groups_of(case: PlanCase) -> Iterator[Groups]:
-    """The layout, without what fp32 on CPUs has of its own: no plan is made for that."""
     fields = {"make_vocab_size_divisible_by": 8, **dict(case.parallel)}
-    with (
-        patch.object(attention, "SHORT", 0),
-        patch.object(layer_spec, "_RMSNorm", TorchNorm),
-        layout(tp=fields.pop("tensor_model_parallel_size", 1), **fields) as groups,
-    ):
+    with layout(tp=fields.pop("tensor_model_parallel_size", 1), **fields) as groups:
         yield groups
 
 

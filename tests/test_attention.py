@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from megatron_sgopd.attention import SHORT
 from tests import attention_cases
 from tests.attention_cases import Case
 
@@ -44,16 +43,6 @@ def test_output_and_gradients_equal_an_explicit_softmax(
     case = case_of(packed, size, form)
     for errors in pool(size).run(attention_cases.compare, case, size):
         assert max(errors.values()) < BOUND[case.dtype], errors
-
-
-@pytest.mark.parametrize(
-    "case",
-    [Case((SHORT + 8,), rows=2), Case((SHORT,), rows=2), Case((SHORT + 1, 7, SHORT))],
-    ids=["long", "just short", "packed"],
-)
-def test_long_sequences_go_through_torchs_kernel(pool: Any, case: Case) -> None:
-    for errors in pool(1).run(attention_cases.compare, case, 1):
-        assert max(errors.values()) < BOUND["float64"], errors
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

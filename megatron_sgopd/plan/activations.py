@@ -16,6 +16,7 @@ from megatron_sgopd.plan.architecture import Architecture, ModelLayout
 # What the loss takes for one chunk's logits, and for the scratch of its passes. The same
 # numbers are in vocab_parallel (projection.py, blocks.py), which imports torch.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
+SAMPLED_SHARE = 0.3  # of SCRATCH_BYTES, where the student's rows are the only ones read
 SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 LEAST_TOKENS, GEMM_ROWS = 256, 128
 HEAD_ROWS = 8192
@@ -216,7 +217,8 @@ class LossChunks:
     def _scratch_bytes(self, tokens: int) -> int:
         """Of a block's passes, made with the first chunk: a buffer a model and one for products."""
         n = min(tokens, self.tokens)
-        return min(SCRATCH_BYTES[self.device], 4 * n * self.rows * (1 + self.models))
+        budget = SCRATCH_BYTES[self.device] * (SAMPLED_SHARE if self.models == 1 else 1.0)
+        return min(int(budget), 4 * n * self.rows * (1 + self.models))
 
     def _projecting(self, tokens: int, hidden: int, b: int) -> int:
         """A chunk's states and, of the chunks after the first, the scratch.
