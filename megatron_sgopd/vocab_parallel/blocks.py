@@ -180,6 +180,14 @@ def exponentials(centred: Tensor, c: float, softmax: Softmax, out: Tensor) -> Te
     return out
 
 
+def scale_and_shift(values: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
+    """slope values + bias in place, with slope and bias [b, 1].
+
+    In two operations: addcmul with a broadcast first operand takes five times as long on CPUs.
+    """
+    return values.mul_(slope).add_(bias)
+
+
 def weighted_sum(
     values: Tensor, weights: Tensor, out: Tensor, product: Tensor, careful: bool = False
 ) -> None:

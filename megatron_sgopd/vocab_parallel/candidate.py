@@ -18,6 +18,7 @@ from megatron_sgopd.vocab_parallel.blocks import (
     destination,
     exponentials,
     load,
+    scale_and_shift,
     weighted_sum,
 )
 from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective, nonzero, part
@@ -61,7 +62,7 @@ class Candidate(Objective):
         bias = (additive - weight * divergence).to(self.shard.dtype)[:, None]
         for block, p, advantage, _ in self._advantages(chunk, local, found):
             rows = chunk.rows(block)
-            advantage = torch.addcmul(bias[block], advantage, slope[block])
+            scale_and_shift(advantage, slope[block], bias[block])
             out = destination(chunk.student, rows, advantage)
             torch.mul(p, advantage, out=out)
             if self.careful:

@@ -26,6 +26,7 @@ from megatron_sgopd.vocab_parallel.blocks import (
     destination,
     exponentials,
     load,
+    scale_and_shift,
     weighted_sum,
 )
 from megatron_sgopd.vocab_parallel.objective import (
@@ -200,7 +201,7 @@ class JensenShannon(BothRows):
         bias = constant.to(self.shard.dtype)[:, None]
         for block, p, _, w, _, _ in self._mixture(chunk, local, found, c, student, target):
             rows = chunk.rows(block)
-            w = torch.addcmul(bias[block], w, slope[block], out=w)
+            scale_and_shift(w, slope[block], bias[block])
             out = destination(chunk.student, rows, w)
             torch.mul(p, w, out=out)
             self.finish(chunk, block, out, part(imitated, block))

@@ -20,6 +20,7 @@ from megatron_sgopd.vocab_parallel.blocks import (
     destination,
     exponentials,
     load,
+    scale_and_shift,
     weighted_sum,
 )
 from megatron_sgopd.vocab_parallel.objective import (
@@ -208,7 +209,7 @@ class ReverseKL(TowardTarget):
             d = torch.addcmul(d, gap, less, out=d)
         if self.careful:  # a token of weight 0 may have an infinite divergence
             d.masked_fill_(constants.slope == 0, 0.0)
-        torch.addcmul(constants.bias, d, constants.slope, out=d)
+        scale_and_shift(d, constants.slope, constants.bias)
         rows = chunk.rows(block)
         out = torch.mul(e, d, out=destination(chunk.student, rows, d))
         if self.careful:

@@ -25,7 +25,7 @@ def settings(tiny: Tiny, run_dir: Path) -> list[str]:
         "distill.phases.enabled=false",
         "rollout.engine=vllm",
         "rollout.vllm.nodes=1",
-        "rollout.vllm.health_timeout_s=8",
+        "rollout.vllm.health_timeout_s=40",
         "rollout.vllm.max_restarts=1",
     )
 
