@@ -58,11 +58,13 @@ def our_loss(
     *,
     token_local: bool = True,
     overwrite_student: bool = True,
+    entropy: bool = False,
 ) -> Tensor:
     """Call `distillation_loss` with the method that the trainer would take for the case.
 
     Without `token_local` the method is asked once about all tokens, as one that looks at whole
     rollouts is: the statistics of all tokens then come first, and every row is read twice.
+    `entropy`: with the student's entropy, which training shows and no baseline computes.
     """
     is_gated = case.objective == "gated_reverse_kl"
     method = sgopd.coefficients("sg_opd" if is_gated else "opd", lambda_high=LAMBDA_HIGH)
@@ -88,19 +90,21 @@ def our_loss(
         divergence=divergence,
         beta=JSD_BETA,
         overwrite_student=overwrite_student and isinstance(student, Tensor),
+        student_entropy=entropy,
     ).loss
 
 
 def our_variants(case: Case) -> list[Variant]:
     """Make the loss in one pass over the student's logits; keeping them; in two passes."""
     made = [Variant("ours", partial(our_loss, case), ours=True)]
-    is_main = case.form == "logits" and case.objective in MAIN
-    if is_main and case.tp == 1:
+    if case.form != "fused" and case.objective in MAIN and case.tp == 1:
+        entropy = partial(our_loss, case, entropy=True)
         two_passes = partial(our_loss, case, token_local=False)
+        made.append(Variant("ours, entropy too", entropy, ours=True))
         made.append(Variant("ours, two passes", two_passes, ours=True))
-    if is_main and case.tp == 1 and not case.has_reference:
-        kept = partial(our_loss, case, overwrite_student=False)
-        made.append(Variant("ours, logits kept", kept, ours=True))
+        if not case.has_reference:
+            kept = partial(our_loss, case, overwrite_student=False)
+            made.append(Variant("ours, logits kept", kept, ours=True))
     if case.form == "fused":  # as the trainer has it
         made.append(Variant("ours, main_grad", partial(our_loss, case), ours=True, main_grad=True))
     return made

@@ -77,6 +77,12 @@ class Chunk:
         rows = self.owned[block].nonzero()[:, 0]
         values[rows, self.local_token[block][rows]] -= amount[rows].to(values.dtype)
 
+    def set_at_tokens(self, values: Tensor) -> None:
+        """Puts values [n] in the student's rows where this rank holds the sampled token."""
+        mine = self.owned.nonzero()[:, 0]
+        rows = mine + self.place.start if isinstance(self.place, slice) else self.place[mine]
+        self.student[rows, self.local_token[mine]] = values[mine].to(self.student.dtype)
+
 
 def together(indices: Tensor) -> Place:
     """Indices as a slice where they are consecutive; on GPUs looking would cost a wait."""

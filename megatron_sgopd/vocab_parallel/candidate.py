@@ -21,7 +21,7 @@ from megatron_sgopd.vocab_parallel.blocks import (
     scale_and_shift,
     weighted_sum,
 )
-from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective, nonzero, part
+from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective, part
 from megatron_sgopd.vocab_parallel.softmax import Columns
 
 # (a2 [b, V], places of the b tokens among all T) -> lambda [b, V]
@@ -58,8 +58,8 @@ class Candidate(Objective):
     ) -> None:
         weight, additive = c.per_logit(self.temperature)
         slope = (-weight).to(self.shard.dtype)[:, None]
-        imitated = nonzero(additive)
-        bias = (additive - weight * divergence).to(self.shard.dtype)[:, None]
+        bias = -weight * divergence if additive is None else additive - weight * divergence
+        bias = bias.to(self.shard.dtype)[:, None]
         for block, p, advantage, _ in self._advantages(chunk, local, found):
             rows = chunk.rows(block)
             scale_and_shift(advantage, slope[block], bias[block])
@@ -67,7 +67,7 @@ class Candidate(Objective):
             torch.mul(p, advantage, out=out)
             if self.careful:
                 out.masked_fill_(p == 0, 0.0)
-            self.finish(chunk, block, out, part(imitated, block))
+            self.finish(chunk, block, out, part(additive, block))
 
     def _advantages(
         self, chunk: Chunk, local: Columns, found: Found
@@ -80,7 +80,7 @@ class Candidate(Objective):
             constants[name] = constant.to(self.shard.dtype)[:, None]
         for block in scratch.blocks(len(chunk)):
             s, t, r, other = scratch.buffers(block.stop - block.start)
-            columns = local.at(block, self.layout)
+            columns = local.at(block)
             for name, out in (("student", s), ("teacher", t), ("reference", r)):
                 matrix, softmax = getattr(chunk, name), getattr(columns, name)
                 self.again(matrix, chunk.rows(block), softmax, out)

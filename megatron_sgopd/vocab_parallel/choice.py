@@ -38,6 +38,7 @@ class Choice:
     lambdas: tuple[Lambda, ...]
     candidate_lambda: CandidateLambda | None
     backend: str
+    entropy: bool = True  # whether the student's is wanted
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -91,11 +92,16 @@ class Choice:
     def chosen(self, lam: Tensor, places: Place) -> tuple[Tensor, Tensor | None]:
         """(lambda [n] in float64, whether it is the last of two) from what coefficients gave."""
         two = len(self.lambdas) == 2
-        first, last = (self._at(self.lambdas[i], places, lam) for i in (0, -1))
         if lam.dtype == torch.bool:
-            return (torch.where(lam, last, first), lam) if two else (first, None)
+            values = self._at(0, places, lam)
+            return (
+                (torch.where(lam, self._at(-1, places, lam), values), lam)
+                if two
+                else (values, None)
+            )
         if not self.full or self.candidate_lambda is not None:
             return lam.double(), None
+        first, last = self._at(0, places, lam), self._at(-1, places, lam)
         is_last = lam == last.to(lam.dtype)
         neither = ~(is_last | (lam == first.to(lam.dtype)))
         if bool(neither.any()):
@@ -105,7 +111,9 @@ class Choice:
             )
         return torch.where(is_last, last, first), is_last if two else None
 
-    def _at(self, lam: Lambda, places: Place, like: Tensor) -> Tensor:
+    def _at(self, i: int, places: Place, like: Tensor) -> Tensor:
+        """One of `lambdas`, of the tokens at these places."""
+        lam = self.lambdas[i]
         if isinstance(lam, Tensor):
             return lam[places].double()
         return torch.full(like.shape, lam, dtype=torch.float64, device=like.device)
@@ -140,8 +148,11 @@ def make_objective(choice: Choice, shard: Shard, models: Mapping[str, Rows]) -> 
     rows = {name for name in models if not is_logprobs(models[name])}
     logprobs = {name: m for name, m in models.items() if isinstance(m, Tensor) and is_logprobs(m)}
     has = {name: name in rows for name in ("teacher", "reference")}
+    entropy = choice.entropy
     if not choice.full or "teacher" not in models:
-        return Sampled(shard, Layout(**has), logprobs=logprobs, backend=choice.backend)
+        return Sampled(
+            shard, Layout(**has, entropy=entropy), logprobs=logprobs, backend=choice.backend
+        )
     if choice.candidate_lambda is not None:
         gate = Candidate(shard, Layout(**has), backend=choice.backend)
         gate.candidate_lambda = choice.candidate_lambda
@@ -154,10 +165,10 @@ def make_objective(choice: Choice, shard: Shard, models: Mapping[str, Rows]) -> 
     lambdas = choice.lambdas
     targets = sum(not is_one(lam) for lam in lambdas)
     if choice.kind == "reverse_kl":
-        layout = Layout(**has, targets=targets, sums=2 if targets else 1)
+        layout = Layout(**has, targets=targets, sums=2 if targets else 1, entropy=entropy)
         return ReverseKL(shard, layout, lambdas, backend=choice.backend)
     if choice.kind == "forward_kl":
-        layout = Layout(**has, targets=targets, sums=len(lambdas))
+        layout = Layout(**has, targets=targets, sums=len(lambdas), entropy=entropy)
         return ForwardKL(shard, layout, lambdas, backend=choice.backend)
     mixture = JensenShannon(shard, Layout(**has, targets=targets), lambdas, backend=choice.backend)
     mixture.beta = choice.beta

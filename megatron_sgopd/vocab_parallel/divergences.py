@@ -15,7 +15,6 @@ collective more.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,7 +32,6 @@ from megatron_sgopd.vocab_parallel.objective import (
     Coefficients,
     Found,
     is_one,
-    nonzero,
     part,
 )
 from megatron_sgopd.vocab_parallel.reverse_kl import TowardTarget
@@ -89,7 +87,7 @@ class BothRows(TowardTarget):
         for block in scratch.blocks(len(chunk)):
             a, e, h, *more = scratch.buffers(block.stop - block.start)
             rows = chunk.rows(block)
-            columns = local.at(block, self.layout)
+            columns = local.at(block)
             assert columns.teacher is not None
             x = self.again(chunk.student, rows, columns.student, a)
             t = self.again(chunk.teacher, rows, columns.teacher, h)
@@ -131,7 +129,7 @@ class ForwardKL(BothRows):
     def cross_sum(self, h: Tensor, x: Tensor, e: Tensor, out: Tensor, other: Tensor) -> None:
         weighted_sum(torch.sub(h, x, out=other), e, out, other, self.careful)
 
-    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> Found:
+    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> None:
         targets, values = [], []
         own = iter(shards.targets)
         for i, (lam, target) in enumerate(self.merge_targets(chunk, shards, found)):
@@ -143,7 +141,7 @@ class ForwardKL(BothRows):
             expected = mean(shards.sums[i], shard, target, shift) / self.temperature
             targets.append(target)
             values.append(expected + found.student.log_total - target.log_total)
-        return replace(found, targets=tuple(targets), divergences=tuple(values))
+        found.targets, found.divergences = tuple(targets), tuple(values)
 
     def divergence(self, chunk: Chunk, local: Columns, found: Found, c: Coefficients) -> Tensor:
         return self.choose(found.divergences, c)
@@ -152,9 +150,9 @@ class ForwardKL(BothRows):
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         weight, additive = c.per_logit(self.temperature)
-        imitated = nonzero(additive)
         student, target = self.local_log_totals(found, c)
-        of_p = ((weight + additive) * (-student).exp()).to(self.shard.dtype)[:, None]
+        toward = weight if additive is None else weight + additive
+        of_p = (toward * (-student).exp()).to(self.shard.dtype)[:, None]
         of_q = (-weight * (-target).exp()).to(self.shard.dtype)[:, None]
         if (kernels := self.kernels(chunk.student)) is not None:
             extra = c.lam - 1.0 if self.extrapolated else None
@@ -167,7 +165,7 @@ class ForwardKL(BothRows):
             rows = chunk.rows(block)
             out = destination(chunk.student, rows, x)
             torch.addcmul(x, h.mul_(self.c).exp2_(), of_q[block], out=out)
-            self.finish(chunk, block, out, part(imitated, block))
+            self.finish(chunk, block, out, part(additive, block))
 
 
 class JensenShannon(BothRows):
@@ -176,9 +174,8 @@ class JensenShannon(BothRows):
     name = "Jensen-Shannon divergence"
     beta: float
 
-    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> Found:
-        merged = self.merge_targets(chunk, shards, found)
-        return replace(found, targets=tuple(target for _, target in merged))
+    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> None:
+        found.targets = tuple(m for _, m in self.merge_targets(chunk, shards, found))
 
     def divergence(self, chunk: Chunk, local: Columns, found: Found, c: Coefficients) -> Tensor:
         student, target = self.local_log_totals(found, c)
@@ -194,17 +191,17 @@ class JensenShannon(BothRows):
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         weight, additive = c.per_logit(self.temperature)
-        imitated = nonzero(additive)
         student, target = self.local_log_totals(found, c)
         slope = (-(1.0 - self.beta) * weight).to(self.shard.dtype)[:, None]
-        constant = additive - (1.0 - self.beta) * weight * self._student_to_mixture
+        constant = -(1.0 - self.beta) * weight * self._student_to_mixture
+        constant = constant if additive is None else constant + additive
         bias = constant.to(self.shard.dtype)[:, None]
         for block, p, _, w, _, _ in self._mixture(chunk, local, found, c, student, target):
             rows = chunk.rows(block)
             scale_and_shift(w, slope[block], bias[block])
             out = destination(chunk.student, rows, w)
             torch.mul(p, w, out=out)
-            self.finish(chunk, block, out, part(imitated, block))
+            self.finish(chunk, block, out, part(additive, block))
 
     def _mixture(
         self,

@@ -51,6 +51,7 @@ def distillation_loss(
     beta: float = 0.5,
     top_k: int | None = None,
     overwrite_student: bool = False,
+    student_entropy: bool = True,
     chunk_tokens: int | None = None,
     sum_hidden_gradient: bool = True,
     backend: str = "auto",
@@ -81,6 +82,8 @@ def distillation_loss(
         top_k: of `full_vocab`: over the teacher's k likeliest tokens and a tail; lambda 1 only.
         overwrite_student: the gradient is written over the student's logits, which saves a copy of
             them. Without gradients nothing is written.
+        student_entropy: whether `statistics` has the student's entropy; from the same pass, at a
+            cost of two operations an element. JSD and the per-candidate gate always have it.
         chunk_tokens: tokens projected at once; None: by bytes, at least 256.
         sum_hidden_gradient: whether backward sums the hidden states' gradient over the group; False
             where it is reduced elsewhere (a reduce-scatter under sequence parallelism).
@@ -91,7 +94,10 @@ def distillation_loss(
     """
     models: dict[str, Rows] = {"student": student}
     models |= {k: m for k, m in (("teacher", teacher), ("reference", reference)) if m is not None}
-    choice = Choice(estimator, divergence, beta, top_k, tuple(lambdas), candidate_lambda, backend)
+    choice = Choice(
+        estimator, divergence, beta, top_k, tuple(lambdas), candidate_lambda, backend,
+        entropy=student_entropy,
+    )  # fmt: skip
     check_models(choice, models)
     shard = Shard.of(
         student, tokens=tokens, mask=mask, group=group, vocab_size=vocab_size,

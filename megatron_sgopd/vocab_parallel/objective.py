@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -67,45 +68,91 @@ class Coefficients:
     lam: Tensor
     is_last: Tensor | None  # bool: whose lambda is the last of `lambdas`; None where there is one
     additive: Tensor
-    scale: Tensor
+    scale: Tensor | None  # None: 1
 
-    def per_logit(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """(weight, additive) of the gradient with respect to the raw logits."""
-        scale = self.scale if temperature == 1.0 else self.scale / temperature
-        return self.weight * scale, self.additive * scale
+    def per_logit(self, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """(weight, additive) of the gradient with respect to the raw logits; None where all 0."""
+        weight, additive = self.weight, nonzero(self.additive)
+        if self.scale is not None or temperature != 1.0:
+            scale = 1.0 / temperature if self.scale is None else over(self.scale, temperature)
+            weight = weight * scale
+            additive = None if additive is None else additive * scale
+        return weight, additive
 
     @classmethod
     def joined(cls, parts: Sequence[Coefficients]) -> Coefficients:
         """Of all tokens, from those of their blocks."""
-        flags = [p.is_last for p in parts if p.is_last is not None]
+
+        def join(values: Sequence[Tensor | None]) -> Tensor | None:
+            there = [v for v in values if v is not None]
+            return torch.cat(there) if there else None
+
         return cls(
             torch.cat([p.weight for p in parts]),
             torch.cat([p.lam for p in parts]),
-            torch.cat(flags) if flags else None,
+            join([p.is_last for p in parts]),
             torch.cat([p.additive for p in parts]),
-            torch.cat([p.scale for p in parts]),
+            join([p.scale for p in parts]),
         )
 
     def part(self, tokens: slice) -> Coefficients:
         """Of some of the tokens."""
-        is_last = None if self.is_last is None else self.is_last[tokens]
-        values = (self.weight[tokens], self.lam[tokens])
-        return Coefficients(*values, is_last, self.additive[tokens], self.scale[tokens])
+        return Coefficients(
+            self.weight[tokens],
+            self.lam[tokens],
+            part(self.is_last, tokens),
+            self.additive[tokens],
+            part(self.scale, tokens),
+        )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found:
     """Merged statistics of a chunk's tokens, float64 [n] each."""
 
-    student: Merged
-    teacher: Merged | None
-    reference: Merged | None
+    layout: Layout
+    models: Merged  # of student, teacher and reference, as far as they came as rows, [M, n]
     student_logprobs: Tensor
     teacher_logprobs: Tensor | None
     reference_logprobs: Tensor | None
-    entropy: Tensor | None
+    # What an objective adds:
+    entropy: Tensor | None = None
+    expected: Tensor | None = None  # [k, n], of quantities under the student
     targets: tuple[Merged, ...] = ()  # softmaxes of the extrapolated teachers
     divergences: tuple[Tensor, ...] = ()  # one for each of `lambdas`, where one pass gives them
+
+    @cached_property
+    def student_total(self) -> Tensor:
+        return self.models.softmax.total[0]
+
+    @cached_property
+    def student(self) -> Merged:
+        return self.models[0]
+
+    @cached_property
+    def teacher(self) -> Merged | None:
+        return self.models[1] if self.layout.teacher else None
+
+    @cached_property
+    def reference(self) -> Merged | None:
+        return self.models[self.layout.num_models - 1] if self.layout.reference else None
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Of each token: its gradient is e (slope d + bias), less `additive` at the sampled token.
+
+    d is what an objective makes of a row, with `less` times a second row where that is wanted.
+    """
+
+    slope: Tensor  # [b, 1], as the next two
+    bias: Tensor | None
+    less: Tensor | None  # 1 - lambda; None where every lambda is 1
+    additive: Tensor | None  # [b]; None where all are 0
+
+    def part(self, block: slice) -> Constants:
+        values = (part(v, block) for v in (self.bias, self.less, self.additive))
+        return Constants(self.slope[block], *values)
 
 
 class Objective(ABC):
@@ -148,10 +195,11 @@ class Objective(ABC):
     def statistics(self, chunk: Chunk) -> Columns:
         """This shard's columns of a chunk; may leave intermediate results in its scratch."""
         if (kernels := self.kernels(chunk.student)) is not None:
+            self.careful = True  # they do not say whether they had to be
             return kernels.statistics(self, chunk)
         columns = self.begin(chunk)
         self._statistics(chunk, columns)
-        if not self.careful and not columns.sums_are_finite(self.layout):
+        if not self.careful and not columns.sums_are_finite():
             self.repair(chunk, columns)
         return columns
 
@@ -166,9 +214,9 @@ class Objective(ABC):
         return columns
 
     def statistics_of(self, chunk: Chunk, block: slice, columns: Columns) -> None:
-        """The first pass of one block, again with care where a logit is -inf; its own columns."""
+        """The first pass of one block alone, again with care where a logit is -inf."""
         self.block_statistics(chunk, block, columns)
-        if not self.careful and not columns.sums_are_finite(self.layout):
+        if not self.careful and not columns.sums_are_finite():
             self.careful = True
             self.block_statistics(chunk, block, columns)
         self.scratch(chunk).hold(chunk, block)
@@ -182,7 +230,7 @@ class Objective(ABC):
     def _statistics(self, chunk: Chunk, columns: Columns) -> None:
         scratch = self.scratch(chunk)
         for block in scratch.blocks(len(chunk)):
-            self.block_statistics(chunk, block, columns.at(block, self.layout))
+            self.block_statistics(chunk, block, columns.at(block))
             scratch.hold(chunk, block)
 
     @abstractmethod
@@ -191,7 +239,7 @@ class Objective(ABC):
 
     def columns(self, storage: Tensor) -> Columns:
         """Statistics [..., C, n] by name."""
-        return Columns.of(storage, self.layout)
+        return Columns(storage, self.layout)
 
     def no_columns(self) -> Tensor:
         """Statistics [C, 0] of no token."""
@@ -207,44 +255,43 @@ class Objective(ABC):
         chunk = Chunk(nothing, None, None, slice(0, 0), *tokens)
         return self.merge(chunk, self.columns(gathered))
 
-    def merge(self, chunk: Chunk, shards: Columns, with_entropy: bool = True) -> Found:
-        """Shards [W, C, n] in float64 -> statistics over the whole vocabulary."""
-        models = {
-            name: None if softmax is None else merge(softmax, self.temperature)
-            for name, softmax in (
-                ("student", shards.student),
-                ("teacher", shards.teacher),
-                ("reference", shards.reference),
-            )
-        }
-        student = models["student"]
-        assert student is not None
-        entropy = None
-        if shards.entropy is not None and with_entropy:
-            centred = mean(shards.entropy, shards.student, student, student.shift)
-            entropy = student.log_total - over(centred, self.temperature)
-        logprobs = [self._logprobs_of(name, models[name], chunk) for name in models]
-        assert logprobs[0] is not None, "the student came as rows"
-        found = Found(
-            student,
-            models["teacher"],
-            models["reference"],
-            logprobs[0],
-            logprobs[1],
-            logprobs[2],
-            entropy,
-        )
-        return self.complete(chunk, shards, found)
+    def merge(self, chunk: Chunk, shards: Columns, with_loss: bool = True) -> Found:
+        """Shards [W, C, n] in float64 -> statistics over the whole vocabulary.
 
-    def _logprobs_of(self, name: str, model: Merged | None, chunk: Chunk) -> Tensor | None:
-        if model is not None:
-            return model.logprobs(self.temperature)
+        Without `with_loss` only what coefficients and gradient are made of.
+        """
+        models = merge(shards.models, self.temperature)
+        student, *others = models.logprobs(self.temperature).unbind(0)
+        of_rows = iter(others)
+        layout = self.layout
+        teacher = next(of_rows) if layout.teacher else self._given("teacher", chunk)
+        reference = next(of_rows) if layout.reference else self._given("reference", chunk)
+        found = Found(layout, models, student, teacher, reference)
+        self.complete(chunk, shards, found)
+        if with_loss:
+            self.add_entropy(shards, found)
+            self.add_divergences(chunk, shards, found)
+        return found
+
+    def _given(self, name: str, chunk: Chunk) -> Tensor | None:
+        """The log-probs of a model that came as such."""
         given = self.logprobs.get(name)
         return None if given is None else given[chunk.index].double()
 
-    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> Found:
+    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> None:  # noqa: B027
         """Adds the objective's own statistics."""
-        return found
+
+    def add_entropy(self, shards: Columns, found: Found) -> None:
+        """Adds the student's entropy, where its sum was made."""
+        if shards.entropy is not None:
+            student = found.student
+            centred = mean(shards.entropy, shards.student, student, student.shift)
+            found.entropy = student.log_total - over(centred, self.temperature)
+
+    def add_divergences(  # noqa: B027
+        self, chunk: Chunk, shards: Columns, found: Found
+    ) -> None:
+        """Adds one for each of `lambdas`, where a single pass gives them."""
 
     # -- between the passes ------------------------------------------------------------------------
 
@@ -265,6 +312,19 @@ class Objective(ABC):
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         """Writes scale * (weight dD - additive d log p(y)) over the student's rows."""
+
+    def constants(self, found: Found, c: Coefficients) -> Constants:
+        """What tokens' gradients are made with; of objectives with `one_pass`."""
+        raise NotImplementedError
+
+    def block_gradient(
+        self, chunk: Chunk, block: slice, columns: Columns, constants: Constants
+    ) -> None:
+        """Writes a block's gradient from its tokens' constants; of objectives with `one_pass`."""
+        raise NotImplementedError
+
+    def finish_tokens(self, chunk: Chunk, found: Found, c: Coefficients) -> None:  # noqa: B027
+        """Completes the gradient at the sampled tokens when all blocks are written."""
 
     def finish(self, chunk: Chunk, block: slice, out: Tensor, additive: Tensor | None) -> None:
         """Puts a block in its place, the additive term [b] subtracted at the sampled tokens."""
@@ -287,16 +347,18 @@ class Objective(ABC):
         return self._scratch
 
     def student_block(
-        self, chunk: Chunk, block: slice, columns: Columns, a: Tensor, e: Tensor
+        self, chunk: Chunk, block: slice, columns: Columns, a: Tensor | None, e: Tensor
     ) -> Tensor:
         """The student's softmax: x - m to `a`, its exponentials to `e`, which it gives.
 
-        Where the student's matrix is scratch, the exponentials replace its logits.
+        Where the student's matrix is scratch, the exponentials replace its logits. Without `a`,
+        x - m is not kept.
         """
         rows = chunk.rows(block)
-        x = load(chunk.student, rows, a)
+        x = load(chunk.student, rows, e if a is None else a)
         if chunk.student_is_scratch:
             e = destination(chunk.student, rows, e)
+        a = e if a is None else a
         exponentials(centre(x, columns.student, a), self.c, columns.student, e)
         if chunk.student_is_scratch:
             store(chunk.student, rows, e)

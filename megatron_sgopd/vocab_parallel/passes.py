@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from megatron_sgopd.vocab_parallel.autograd import HiddenGradient, LogitsGradien
 from megatron_sgopd.vocab_parallel.blocks import Chunk, together
 from megatron_sgopd.vocab_parallel.objective import Coefficients, Objective
 from megatron_sgopd.vocab_parallel.projection import Projection
-from megatron_sgopd.vocab_parallel.reverse_kl import ReverseKL
 from megatron_sgopd.vocab_parallel.sampled import Sampled
 from megatron_sgopd.vocab_parallel.shard import Shard, is_logprobs
 from megatron_sgopd.vocab_parallel.softmax import Columns
@@ -38,12 +38,13 @@ def from_logits(task: Task, models: dict[str, Any], overwrite: bool) -> LossResu
             for name, rows in (models | {"student": working}).items()
             if not is_logprobs(rows)
         }
-        kept = write and working.dtype == shard.dtype and isinstance(objective, Sampled)
-        whole = replace(whole_chunk(shard, valid), student_is_scratch=kept)
+        whole = whole_chunk(shard, valid)
         one_pass = objective.one_pass and objective.kernels(working) is None  # they take all rows
         if task.sliceable and shard.size == 1 and one_pass and write and len(whole):
             piece = _one_pass(task, whole)
         else:
+            kept = write and working.dtype == shard.dtype and isinstance(objective, Sampled)
+            whole = replace(whole, student_is_scratch=kept)
             local = objective.statistics(whole)
             gathered = shard.all_gather(local.storage).double()
             found = objective.merge(whole, objective.columns(gathered))
@@ -76,23 +77,34 @@ def _one_pass(task: Task, whole: Chunk) -> Piece:
     as many rows: half of all logits for 256 of 512 tokens.
     """
     objective = task.objective
-    assert isinstance(objective, ReverseKL)
     local, asked = objective.begin(whole), []
-    varied = any(isinstance(lam, Tensor) for lam in objective.lambdas)
+    device = local.storage.device
+
+    @cache  # what is done once a block must not show: views of its columns are made once
+    def columns_of(n: int) -> tuple[Columns, Columns]:
+        layout = objective.layout
+        wide = Columns.empty(layout, n, torch.float64, device)
+        return Columns.empty(layout, n, task.shard.dtype, device), Columns(
+            wide.storage[None], layout
+        )
+
+    varied = any(isinstance(lam, Tensor) for lam in objective.lambdas) or bool(objective.logprobs)
     for block in objective.scratch(whole).blocks(len(whole)):
-        columns = local.at(block, objective.layout)
+        columns, shards = columns_of(block.stop - block.start)
+        stored = local.storage[:, block]
+        columns.storage.copy_(stored)  # the sampled tokens' logits
         objective.statistics_of(whole, block, columns)
+        stored.copy_(columns.storage)
+        shards.storage.copy_(columns.storage)
         places = block if task.shard.all_active else whole.index[block]
         part = replace(whole, index=whole.index[block]) if varied else whole
-        shards = objective.columns(columns.storage[None].double())
-        found = objective.merge(part, shards, with_entropy=False)
+        found = objective.merge(part, shards, with_loss=False)
         c = task.ask(task.function.select(places), found, places)  # type: ignore[attr-defined]
         asked.append(c)
-        divergence = objective.divergence(part, columns, found, c)
-        constants = objective.constants(found, c, divergence)
-        objective.block_gradient(whole, block, columns, constants)
+        objective.block_gradient(whole, block, columns, objective.constants(found, c))
     found = objective.merge(whole, objective.columns(local.storage[None].double()))
     c = Coefficients.joined(asked)
+    objective.finish_tokens(whole, found, c)
     return task.finish(whole, local, found, c, write=False)
 
 
@@ -202,4 +214,4 @@ def _nothing(task: Task, projection: Projection) -> Piece:
     objective = task.objective
     found = objective.merge_all(objective.no_columns()[None].double())
     empty = found.student_logprobs
-    return Piece(found, Coefficients(empty, empty, None, empty, empty), empty, empty.bool())
+    return Piece(found, Coefficients(empty, empty, None, empty, None), empty, empty.bool())

@@ -9,7 +9,6 @@ normaliser is its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,11 +24,11 @@ from megatron_sgopd.vocab_parallel.blocks import (
 )
 from megatron_sgopd.vocab_parallel.objective import (
     Coefficients,
+    Constants,
     Found,
     Lambda,
     Objective,
     is_one,
-    nonzero,
 )
 from megatron_sgopd.vocab_parallel.softmax import Columns, Merged, Softmax, mean, merge, over
 
@@ -77,21 +76,6 @@ class TowardTarget(Objective):
         return out
 
 
-@dataclass(frozen=True)
-class Constants:
-    """Of each token: its gradient is e (slope d + bias), d with the gap's share, less additive."""
-
-    slope: Tensor  # [b, 1], as the next two
-    bias: Tensor
-    less: Tensor | None  # 1 - lambda; None where every lambda is 1
-    additive: Tensor | None  # [b], at the sampled token; None where all are 0
-
-    def part(self, block: slice) -> Constants:
-        less = None if self.less is None else self.less[block]
-        additive = None if self.additive is None else self.additive[block]
-        return Constants(self.slope[block], self.bias[block], less, additive)
-
-
 class ReverseKL(TowardTarget):
     """Exact reverse KL; the row gate chooses between the targets of two lambdas."""
 
@@ -129,33 +113,25 @@ class ReverseKL(TowardTarget):
             if gap is not None and chunk.reference is not None:
                 chunk.reference[rows] = gap
 
-    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> Found:
-        student, teacher, reference = found.student, found.teacher, found.reference
-        assert teacher is not None
-        shift = None
-        if student.shift is not None and teacher.shift is not None:
-            shift = student.shift - teacher.shift
-        student_less_teacher = mean(shards.sums[0], shards.student, student, shift)
-        targets, values = [], []
-        for lam, target in self.merge_targets(chunk, shards, found):
-            expected = student_less_teacher
-            if not is_one(lam):
-                assert reference is not None
-                shift = None
-                if teacher.shift is not None and reference.shift is not None:
-                    shift = teacher.shift - reference.shift
-                teacher_less_reference = mean(shards.sums[1], shards.student, student, shift)
-                expected = expected - self.less_one(lam, chunk) * teacher_less_reference
-            targets.append(target)
-            values.append(over(expected, self.temperature) + self.offset(found, target))
-        return replace(found, targets=tuple(targets), divergences=tuple(values))
+    def complete(self, chunk: Chunk, shards: Columns, found: Found) -> None:
+        """Adds E_p (x - t) and E_p (t - r), about the models' maxima."""
+        shift = found.models.shift
+        if shift is None:
+            found.expected = shards.all_sums[0] / found.student_total
+            return
+        shift = (shift[:, :-1] - shift[:, 1:])[:, : self.layout.sums]
+        found.expected = mean(shards.all_sums, shards.student, found.student, shift)
 
-    def offset(self, found: Found, target: Merged) -> Tensor:
-        """log p - log q - d / temperature, the same for a token's whole row, [n]."""
-        offset = target.log_total - found.student.log_total
-        if target is found.teacher:  # its maximum is the centre itself
-            return offset
-        return offset + over(target.softmax.maximum, self.temperature)
+    def add_divergences(self, chunk: Chunk, shards: Columns, found: Found) -> None:
+        assert found.expected is not None
+        values = []
+        for lam, target in self.merge_targets(chunk, shards, found):
+            expected, offset = found.expected[0], target.log_total - found.student.log_total
+            if not is_one(lam):
+                expected = expected - self.less_one(lam, chunk) * found.expected[1]
+                offset = offset + over(target.softmax.maximum, self.temperature)
+            values.append(over(expected, self.temperature) + offset)
+        found.divergences = tuple(values)
 
     def divergence(self, chunk: Chunk, local: Columns, found: Found, c: Coefficients) -> Tensor:
         return self.choose(found.divergences, c)
@@ -163,38 +139,46 @@ class ReverseKL(TowardTarget):
     def gradient(
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
-        constants = self.constants(found, c, divergence)
+        constants = self.constants(found, c)
         if (kernels := self.kernels(chunk.student)) is not None:
+            assert constants.bias is not None
             extra = None if constants.less is None else -constants.less[:, 0]
             slope, bias = constants.slope[:, 0], constants.bias[:, 0]
             factors = kernels.Factors(bias, constants.additive, slope, extra)
             kernels.gradient(self, chunk, local, factors)
             return
         for block in self.scratch(chunk).blocks(len(chunk)):
-            columns = local.at(block, self.layout)
-            self.block_gradient(chunk, block, columns, constants.part(block))
+            self.block_gradient(chunk, block, local.at(block), constants.part(block))
 
-    def constants(self, found: Found, c: Coefficients, divergence: Tensor) -> Constants:
-        """What a token's gradient is made with, for all tokens of a chunk or of a block."""
+    def constants(self, found: Found, c: Coefficients) -> Constants:
+        """Of weight / (total tau) (d - E_p d) + additive / total, for the chosen lambda's d."""
         weight, additive = c.per_logit(self.temperature)
-        share, shift = self.own(found.student)
-        constant = self.choose([self.offset(found, t) for t in found.targets], c) - divergence
-        assert found.teacher is not None
         extra = c.lam - 1.0 if self.extrapolated else None
-        if found.student.shift is not None:  # d is about this shard's centres
-            moved = torch.as_tensor(shift - self.own(found.teacher)[1])
+        assert found.expected is not None
+        expected, total = found.expected[0], found.student_total
+        # An expectation may be infinite where it does not count, also by another rank's columns.
+        finite = not self.careful and self.shard.size == 1
+        if extra is not None:
+            more = extra * found.expected[1]
+            expected = expected - (more if finite else torch.where(extra == 0, 0.0, more))
+        if found.models.shift is not None:  # the rows' d is about this shard's centres
+            share, shift = self.own(found.student)
+            total = total / share
+            assert found.teacher is not None
+            moved = shift - self.own(found.teacher)[1]
             if extra is not None and found.reference is not None:
                 gap = self.own(found.teacher)[1] - self.own(found.reference)[1]
                 moved = moved - extra * gap
-            constant = constant + over(moved, self.temperature)
-        per_mass = share / found.student.softmax.total
-        slope = over(weight * per_mass, self.temperature)
-        constant = torch.where(weight == 0, 0.0, constant)  # which is infinite where D is
-        bias = (weight * constant + additive) * per_mass
+            expected = expected - moved
+        slope = over(weight / total, self.temperature)
+        bias = -slope * expected
+        if not finite:
+            bias = torch.where(weight == 0, 0.0, bias)
+        if additive is not None:
+            bias = bias + additive / total
         columns = torch.stack([slope, bias] if extra is None else [slope, bias, -extra])
-        columns = columns.to(self.shard.dtype)[..., None]
-        less = None if extra is None else columns[2]
-        return Constants(columns[0], columns[1], less, nonzero(additive))
+        slope, bias, *less = columns.to(self.shard.dtype).unsqueeze(-1).unbind(0)
+        return Constants(slope, bias, less[0] if less else None, additive)
 
     def block_gradient(
         self, chunk: Chunk, block: slice, columns: Columns, constants: Constants
@@ -209,6 +193,7 @@ class ReverseKL(TowardTarget):
             d = torch.addcmul(d, gap, less, out=d)
         if self.careful:  # a token of weight 0 may have an infinite divergence
             d.masked_fill_(constants.slope == 0, 0.0)
+        assert constants.bias is not None
         scale_and_shift(d, constants.slope, constants.bias)
         rows = chunk.rows(block)
         out = torch.mul(e, d, out=destination(chunk.student, rows, d))

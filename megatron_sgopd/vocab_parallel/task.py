@@ -26,7 +26,7 @@ class Statistics:
     student_logprobs: Tensor
     teacher_logprobs: Tensor | None
     reference_logprobs: Tensor | None
-    student_entropy: Tensor | None  # None of a top-k divergence, which does not need whole rows
+    student_entropy: Tensor | None  # None where not wanted, and of top k: it reads no whole rows
 
 
 CoefficientFunction = Callable[[Statistics], tuple[Tensor, Tensor, Tensor]]
@@ -52,6 +52,10 @@ class Piece:
     coefficients: Coefficients
     losses: Tensor
     infinite: Tensor  # bool: the loss is, although the student's row has a softmax
+
+    def scaled_losses(self) -> Tensor:
+        scale = self.coefficients.scale
+        return self.losses if scale is None else self.losses * scale
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,7 @@ class Task:
             weight, lam, additive = (v[shard.active] for v in (weight, lam, additive))
         places = shard.active if places is None else places
         values, is_last = self.choice.chosen(lam, places)
-        scale = self.token_scale
-        scale = torch.ones_like(values) if scale is None else scale[places].double()
+        scale = None if self.token_scale is None else self.token_scale[places].double()
         return Coefficients(weight.double(), values, is_last, additive.double(), scale)
 
     def finish(
@@ -146,7 +149,7 @@ class Task:
     def total(self, pieces: Sequence[Piece]) -> Tensor:
         """The loss. Raises ValueError where it is infinite."""
         self.refuse(torch.cat([p.infinite for p in pieces]))
-        sums = [(p.losses * p.coefficients.scale).sum() for p in pieces]
+        sums = [p.scaled_losses().sum() for p in pieces]
         return torch.stack(sums).sum().to(self.shard.dtype)
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_sgopd.vocab_parallel.blocks import Chunk, destination, load
-from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective, nonzero, part
-from megatron_sgopd.vocab_parallel.softmax import Columns, Merged, Softmax
+from megatron_sgopd.vocab_parallel.objective import Coefficients, Found, Objective, part
+from megatron_sgopd.vocab_parallel.softmax import Columns, Layout, Merged, Softmax
 
 REVERSE, FORWARD = 1.0, 0.0  # values of beta that are special cases
 
@@ -49,9 +49,7 @@ class TopK(Objective):
         return self.shard.active.new_empty(6 + 3 * self.k, 0, dtype=self.shard.dtype)
 
     def columns(self, storage: Tensor) -> Columns:
-        s = storage.unbind(-2)
-        student, teacher = Softmax(s[0], s[1], s[2]), Softmax(s[3], s[4], s[5])
-        return Columns(storage, student, teacher, None, (), None, ())
+        return Columns(storage, Layout(teacher=True, entropy=False))
 
     def statistics(self, chunk: Chunk) -> Columns:
         """Columns: 6 of tails and sampled tokens, then k teacher logits, ids, student logits."""
@@ -85,7 +83,7 @@ class TopK(Objective):
                 _softmax(matrix, softmax, block, self.temperature)
         return columns
 
-    def merge(self, chunk: Chunk, shards: Columns, with_entropy: bool = True) -> Found:
+    def merge(self, chunk: Chunk, shards: Columns, with_loss: bool = True) -> Found:
         tau = self.temperature
         best = shards.storage[:, 6:].unflatten(1, (3, self.k)).movedim(-1, 0)  # [n, W, 3, k]
         t, ids, x = best.transpose(1, 2).flatten(2).unbind(1)  # [n, W k]
@@ -106,25 +104,12 @@ class TopK(Objective):
             for v, tail, total in zip((x, t), log_tails, log_totals, strict=True)
         ]
         self.outcomes = Outcomes(ids[:, : self.k].long(), *logs)
+        totals = torch.stack(log_totals)
         tokens = [s.token.amax(0) for s in (shards.student, shards.teacher) if s.token is not None]
-        student, teacher = (
-            Merged(
-                Softmax(total * tau, torch.ones_like(total), token),
-                torch.zeros_like(total),
-                None,
-                None,
-            )
-            for total, token in zip(log_totals, tokens, strict=True)
-        )
-        return Found(
-            student,
-            teacher,
-            None,
-            student.logprobs(tau),
-            teacher.logprobs(tau),
-            None,
-            None,
-        )
+        softmax = Softmax(totals * tau, torch.ones_like(totals), torch.stack(tokens))
+        models = Merged(softmax, torch.zeros_like(totals), None, None)
+        student, teacher = models.logprobs(tau).unbind(0)
+        return Found(self.layout, models, student, teacher, None)
 
     def divergence(self, chunk: Chunk, local: Columns, found: Found, c: Coefficients) -> Tensor:
         return self._value_and_slope()[0]
@@ -156,14 +141,14 @@ class TopK(Objective):
     ) -> None:
         dtype, tau = self.shard.dtype, self.temperature
         weight, additive = c.per_logit(tau)
-        imitated = nonzero(additive)
         p, slope = self.outcomes.student.exp(), self._value_and_slope()[1]
         slope = slope - (p * slope).sum(-1, keepdim=True)
         log_total = found.student.softmax.maximum / tau
         shift = log_total.to(dtype)[:, None]
         # What the shift loses in fp32 goes into the factor, with which it is multiplied anyway.
-        of_tail = (weight * slope[:, -1] + additive) * (shift[:, 0].double() - log_total).exp()
-        of_tail = of_tail.to(dtype)[:, None]
+        of_tail = weight * slope[:, -1]
+        of_tail = of_tail if additive is None else of_tail + additive
+        of_tail = (of_tail * (shift[:, 0].double() - log_total).exp()).to(dtype)[:, None]
         at_best = (weight[:, None] * (slope[:, :-1] - slope[:, -1:]) * p[:, :-1]).to(dtype)
         columns = self.outcomes.ids - self.shard.first
         mine = (columns >= 0) & (columns < self.shard.valid) & (self.outcomes.ids >= 0)
@@ -178,7 +163,7 @@ class TopK(Objective):
             x.sub_(shift[block]).exp_().mul_(of_tail[block])
             out = destination(chunk.student, rows, x)
             out.copy_(x.scatter_add_(-1, columns[block], at_best[block]))
-            self.finish(chunk, block, out, part(imitated, block))
+            self.finish(chunk, block, out, part(additive, block))
 
 
 def _best(t: Tensor, k: int) -> tuple[Tensor, Tensor]:
