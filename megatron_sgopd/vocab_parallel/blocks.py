@@ -186,6 +186,11 @@ def exponentials(centred: Tensor, c: float, softmax: Softmax, out: Tensor) -> Te
     return out
 
 
+def exp_(values: Tensor) -> Tensor:
+    """exp(values) in place."""
+    return values.mul_(math.log2(math.e)).exp2_()
+
+
 def scale_and_shift(values: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
     """slope values + bias in place, with slope and bias [b, 1].
 

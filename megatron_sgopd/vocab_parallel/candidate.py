@@ -16,6 +16,7 @@ from megatron_sgopd.vocab_parallel.blocks import (
     Chunk,
     centre,
     destination,
+    exp_,
     exponentials,
     load,
     scale_and_shift,
@@ -93,4 +94,4 @@ class Candidate(Objective):
                 a2.nan_to_num_(0.0, torch.inf, -torch.inf)
                 r.nan_to_num_(0.0, 0.0, 0.0)
             lam = self.candidate_lambda(a2, chunk.index[block])
-            yield block, s.exp_(), a2.add_(r.mul_(lam - 1.0)), other
+            yield block, exp_(s), a2.add_(r.mul_(lam - 1.0)), other

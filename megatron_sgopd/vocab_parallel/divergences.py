@@ -23,6 +23,7 @@ from megatron_sgopd.vocab_parallel.blocks import (
     Chunk,
     centre,
     destination,
+    exp_,
     exponentials,
     load,
     scale_and_shift,
@@ -224,4 +225,4 @@ class JensenShannon(BothRows):
                 d.nan_to_num_(0.0)
             d.clamp_(-LARGEST, LARGEST)
             torch.log1p(torch.expm1(d, out=w).mul_(self.beta), out=w)
-            yield block, x.exp_(), h.exp_(), w, d, torch.empty_like(w)
+            yield block, exp_(x), exp_(h), w, d, torch.empty_like(w)

@@ -38,13 +38,12 @@ def from_logits(task: Task, models: dict[str, Any], overwrite: bool) -> LossResu
             for name, rows in (models | {"student": working}).items()
             if not is_logprobs(rows)
         }
-        whole = whole_chunk(shard, valid)
-        one_pass = objective.one_pass and objective.kernels(working) is None  # they take all rows
-        if task.sliceable and shard.size == 1 and one_pass and write and len(whole):
+        # Exponentials may replace logits of their own type; then no row is read twice either.
+        kept = write and working.dtype == shard.dtype and isinstance(objective, Sampled)
+        whole = replace(whole_chunk(shard, valid), student_is_scratch=kept)
+        if write and len(whole) and not kept and _goes_in_one_pass(task, working):
             piece = _one_pass(task, whole)
         else:
-            kept = write and working.dtype == shard.dtype and isinstance(objective, Sampled)
-            whole = replace(whole, student_is_scratch=kept)
             local = objective.statistics(whole)
             gathered = shard.all_gather(local.storage).double()
             found = objective.merge(whole, objective.columns(gathered))
@@ -55,6 +54,13 @@ def from_logits(task: Task, models: dict[str, Any], overwrite: bool) -> LossResu
         total = task.total([piece])
     loss = LogitsGradient.apply(student, total, working, overwrite) if write else total
     return task.result([piece], loss)
+
+
+def _goes_in_one_pass(task: Task, student: Tensor) -> bool:
+    """Whether blocks can go through both passes at once; Triton's kernels take all rows."""
+    objective = task.objective
+    alone = task.shard.size == 1 and objective.kernels(student) is None
+    return task.sliceable and alone and objective.one_pass
 
 
 def whole_chunk(shard: Shard, matrices: dict[str, Tensor]) -> Chunk:
