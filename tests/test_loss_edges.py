@@ -134,6 +134,48 @@ def test_a_reference_that_excludes_a_column_is_refused_only_where_it_counts() ->
     assert x.grad is not None and x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("slices", [False, True])
+@pytest.mark.parametrize("name", ["sampled", "reverse_kl", "forward_kl", "candidate"])
+def test_a_token_of_weight_zero_adds_nothing_whatever_its_divergence(
+    name: str, slices: bool
+) -> None:
+    models = [rows(i) for i in range(3)]
+    finite = models[1].clone()
+    excluding = models[0] if name == "forward_kl" else models[1]
+    excluding[1, 1] = -torch.inf  # the second token's own
+    weight = torch.ones(T, dtype=torch.float64)
+    weight[1] = 0.0
+    method = Fixed(weight) if slices else Fixed(weight).__call__
+    gradients = []
+    for teacher in (models[1], finite):
+        x = models[0].clone().requires_grad_()
+        given = x * 1.0
+        got = loss_of(
+            given, teacher, models[2], coefficients=method, overwrite_student=True,
+            **OBJECTIVES[name],
+        )  # fmt: skip
+        got.loss.backward()
+        assert got.loss.isfinite()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    assert gradients[0][1].abs().max() == 0.0
+    assert torch.equal(*gradients)
+
+
+class Fixed:
+    """Coefficients of fixed weights, every gate closed, which can be asked about some tokens."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, stats: Any) -> tuple[Tensor, Tensor, Tensor]:
+        none = torch.zeros_like(self.weight)
+        return self.weight, none.bool(), none
+
+    def select(self, places: Any) -> Fixed:
+        return Fixed(self.weight[places])
+
+
 def test_jsd_is_finite_where_one_model_excludes_a_column() -> None:
     student, teacher = rows(0), rows(1)
     teacher[:, 3] = -torch.inf

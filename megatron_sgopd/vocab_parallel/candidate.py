@@ -59,10 +59,13 @@ class Candidate(Objective):
     ) -> None:
         weight, additive = c.per_logit(self.temperature)
         slope = (-weight).to(self.shard.dtype)[:, None]
-        bias = -weight * divergence if additive is None else additive - weight * divergence
+        bias = torch.where(weight == 0, 0.0, -weight * divergence)  # which may be infinite
+        bias = bias if additive is None else bias + additive
         bias = bias.to(self.shard.dtype)[:, None]
         for block, p, advantage, _ in self._advantages(chunk, local, found):
             rows = chunk.rows(block)
+            if self.careful:
+                advantage.masked_fill_(slope[block] == 0, 0.0)
             scale_and_shift(advantage, slope[block], bias[block])
             out = destination(chunk.student, rows, advantage)
             torch.mul(p, advantage, out=out)
