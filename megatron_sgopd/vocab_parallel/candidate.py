@@ -62,9 +62,10 @@ class Candidate(Objective):
         bias = torch.where(weight == 0, 0.0, -weight * divergence)  # which may be infinite
         bias = bias if additive is None else bias + additive
         bias = bias.to(self.shard.dtype)[:, None]
+        infinite = not bool(divergence.isfinite().all())
         for block, p, advantage, _ in self._advantages(chunk, local, found):
             rows = chunk.rows(block)
-            if self.careful:
+            if infinite:
                 advantage.masked_fill_(slope[block] == 0, 0.0)
             scale_and_shift(advantage, slope[block], bias[block])
             out = destination(chunk.student, rows, advantage)
