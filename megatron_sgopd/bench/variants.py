@@ -98,11 +98,12 @@ def our_variants(case: Case) -> list[Variant]:
     """Make the loss in one pass over the student's logits; keeping them; in two passes."""
     made = [Variant("ours", partial(our_loss, case), ours=True)]
     if case.form != "fused" and case.objective in MAIN and case.tp == 1:
-        entropy = partial(our_loss, case, entropy=True)
         two_passes = partial(our_loss, case, token_local=False)
-        made.append(Variant("ours, entropy too", entropy, ours=True))
         made.append(Variant("ours, two passes", two_passes, ours=True))
-        if not case.has_reference:
+        if not case.is_large:
+            entropy = partial(our_loss, case, entropy=True)
+            made.append(Variant("ours, entropy too", entropy, ours=True))
+        if not case.is_large and not case.has_reference:
             kept = partial(our_loss, case, overwrite_student=False)
             made.append(Variant("ours, logits kept", kept, ours=True))
     if case.form == "fused":  # as the trainer has it
