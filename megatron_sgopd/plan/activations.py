@@ -16,7 +16,7 @@ from megatron_sgopd.plan.architecture import Architecture, ModelLayout
 # What the loss takes for one chunk's logits, and for the scratch of its passes. The same
 # numbers are in vocab_parallel (projection.py, blocks.py), which imports torch.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 640 * 2**20}
-SAMPLED_SHARE = 0.3  # of SCRATCH_BYTES, where the student's rows are the only ones read
+SAMPLED_SHARE = 0.325  # of SCRATCH_BYTES, where the student's rows are the only ones read
 SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 LEAST_TOKENS, GEMM_ROWS = 256, 128
 HEAD_ROWS = 8192

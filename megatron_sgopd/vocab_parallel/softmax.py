@@ -119,11 +119,13 @@ class Columns:
 
     def sums_are_finite(self) -> bool:
         """False where a logit is -inf (or NaN): then every product with it is NaN or infinite."""
-        return math.isfinite(float(self._products.sum()))
+        products = self._products
+        return products is None or math.isfinite(float(products.sum()))
 
     @cached_property
-    def _products(self) -> Tensor:
-        return self.storage[self.layout.first_sum :]
+    def _products(self) -> Tensor | None:
+        first = self.layout.first_sum
+        return self.storage[first:] if first < self.layout.num_columns else None
 
     def _row(self, i: int) -> Tensor:
         return self.storage[..., i, :]
