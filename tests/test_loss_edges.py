@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sgopd import sgopd
-from megatron_sgopd.vocab_parallel import LossResult, distillation_loss
+from megatron_sgopd.vocab_parallel import LossResult, distillation_loss, sampled_logprobs
 from megatron_sgopd.vocab_parallel_reference import distillation_loss_reference
 from tests import vocab_cases
 
@@ -174,6 +174,172 @@ class Fixed:
 
     def select(self, places: Any) -> Fixed:
         return Fixed(self.weight[places])
+
+
+OPD = {"estimator": "full_vocab", "lambdas": (1.0,)}
+
+
+def opd() -> Any:
+    return sgopd.coefficients("opd").of(outcome())
+
+
+def test_what_a_reference_excludes_does_not_count_where_lambda_is_one_per_token() -> None:
+    models = [rows(i) for i in range(3)]
+    plain = loss_of(*models[:2], None, coefficients=opd(), **OPD)
+    models[2][:, V - 1] = -torch.inf
+    x = models[0].clone().requires_grad_()
+    ones = torch.ones(T, dtype=torch.float64)
+    got = loss_of(x, *models[1:], coefficients=opd(), **OPD | {"lambdas": (ones,)})
+    got.loss.backward()
+    assert abs(float(got.loss.detach() - plain.loss)) < 1e-12
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("also_excluded", [False, True])
+def test_the_candidate_gate_counts_a_reference_that_excludes_a_column_only_where_it_is_open(
+    also_excluded: bool,
+) -> None:
+    models = [rows(i) for i in range(3)]
+    if also_excluded:  # by all three: as before
+        for m in models:
+            m[:, 7] = -torch.inf
+    models[2][:, V - 1] = -torch.inf
+    kept = torch.arange(V) != 7 if also_excluded else torch.ones(V, dtype=torch.bool)
+    tokens = torch.zeros(T, dtype=torch.long)
+    full = {"estimator": "full_vocab", "tokens": tokens}
+    closed = loss_of(*models, candidate_lambda=lambda a2, i: torch.ones_like(a2), **full)
+    plain = loss_of(
+        *(m[:, kept] for m in models[:2]), None, vocab_size=int(kept.sum()),
+        coefficients=sgopd.coefficients("sg_opd", lambda_high=1.0).of(outcome()),
+        lambdas=(1.0,), **full,
+    )  # fmt: skip
+    assert abs(float(closed.loss - plain.loss)) < 1e-12
+    with pytest.raises(ValueError, match="infinite gated reverse KL"):
+        loss_of(*models, candidate_lambda=lambda a2, i: torch.full_like(a2, 1.8), **full)
+
+
+@pytest.mark.parametrize("lam", [0.5, 1.8])
+def test_jsd_of_an_extrapolated_target_leaves_out_what_teacher_and_reference_exclude(
+    lam: float,
+) -> None:
+    models = [rows(i) for i in range(3)]
+    low = [m.clone() for m in models]
+    for m, value in ((models, -torch.inf), (low, -700.0)):
+        m[1][:, 3] = m[2][:, 3] = value
+    weight = torch.ones(T, dtype=torch.float64)
+    same = lambda stats: (weight, lam * weight, 0.0 * weight)  # noqa: E731
+    changes = OBJECTIVES["jsd"] | {"lambdas": (lam,), "coefficients": same}
+    x = models[0].clone().requires_grad_()
+    got = loss_of(x, *models[1:], **changes)
+    got.loss.backward()
+    value, gradient = by_autograd(*low, **changes)
+    assert x.grad is not None
+    assert abs(float(got.loss.detach() - value)) < 1e-10
+    assert (x.grad - gradient).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("excluding", ["student", "reference"])
+def test_minus_infinity_in_given_logits_beside_hidden_states(excluding: str) -> None:
+    """What is projected is scratch, but the pass over given logits may have to be taken again."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(T, 5, generator=generator, dtype=torch.float64)
+    head = torch.randn(V, 5, generator=generator, dtype=torch.float64)
+    given = rows(0)
+    given[:, V - 1] = -torch.inf
+    mine, theirs = hidden.clone().requires_grad_(), given.clone().requires_grad_()
+    if excluding == "student":
+        got = loss_of(theirs, (hidden, head), None, coefficients=opd(), **OPD)
+        leaf, low = theirs, given.clone()
+        low[:, V - 1] = -700.0
+        whole = loss_of(low, hidden @ head.T, None, coefficients=opd(), **OPD)
+    else:
+        ones = torch.ones(T, dtype=torch.float64)
+        closed = lambda stats: (ones, 0.0 * ones > 0, 0.0 * ones)  # noqa: E731
+        got = loss_of((mine, head), rows(1), given, coefficients=closed, estimator="full_vocab")
+        leaf = mine
+        whole = loss_of(hidden @ head.T, rows(1), None, coefficients=closed, **OPD)
+    got.loss.backward()
+    assert abs(float(got.loss.detach() - whole.loss)) < 1e-10
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
+def test_log_probs_of_given_logits_leave_padding_out() -> None:
+    x = rows(0)
+    x[:, 30:] = 50.0
+    tokens, mask = torch.arange(T), torch.ones(T)
+    got = sampled_logprobs(x, tokens=tokens, mask=mask, vocab_size=30)
+    right = x[:, :30].log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert (got - right).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("peak", [0.0, 10.0, 20.0, 40.0, 200.0, 1000.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_top_k_of_a_confident_student(divergence: str, peak: float, temperature: float) -> None:
+    """Its tail is nearly empty, and the forward KL's slope Q / P huge there."""
+    k, beta = 4, 0.3
+    student, teacher = rows(0, torch.float32), rows(1, torch.float32)
+    student[:, 2] += peak
+    x = student.double().requires_grad_()
+    best = teacher.topk(k, -1).indices
+    outcomes = []
+    for z in (x, teacher.double()):
+        logs = (z / temperature).log_softmax(-1)
+        tail = logs.scatter(-1, best, -torch.inf).logsumexp(-1, keepdim=True)
+        outcomes.append(torch.cat([logs.gather(-1, best), tail], -1))
+    p, q = outcomes
+    m = torch.logaddexp(p + torch.tensor(1 - beta).log(), q + torch.tensor(beta).log())
+    value = {
+        "forward_kl": (q.exp() * (q - p)).sum(),
+        "reverse_kl": (p.exp() * (p - q)).sum(),
+        "jsd": (beta * q.exp() * (q - m) + (1 - beta) * p.exp() * (p - m)).sum(),
+    }[divergence]
+    value.backward()
+    y = student.clone().requires_grad_()
+    got = loss_of(
+        y, teacher, None, coefficients=opd_everywhere(), mask=torch.ones(T), token_scale=None,
+        divergence=divergence, beta=beta, top_k=k, temperature=temperature, **OPD,
+    )  # fmt: skip
+    got.loss.backward()
+    assert x.grad is not None and y.grad is not None
+    assert (y.grad - x.grad).abs().max() < 1e-6 * max(float(x.grad.abs().max()), 1e-3)
+    assert abs(float(got.loss.detach()) - float(value.detach())) < 1e-5 * (
+        1 + float(value.detach())
+    )
+
+
+def opd_everywhere() -> Any:
+    none = torch.zeros(T, dtype=torch.bool)
+    return sgopd.coefficients("opd").of(sgopd.Outcome(torch.ones(T), ~none, none))
+
+
+def test_top_k_of_a_token_of_weight_zero_whose_divergence_is_infinite() -> None:
+    x = rows(0).requires_grad_()
+    teacher = rows(1)
+    teacher[1, 3:] = -torch.inf
+    weight = torch.ones(T, dtype=torch.float64)
+    weight[1] = 0.0
+    got = loss_of(x, teacher, None, coefficients=Fixed(weight), top_k=3, **OPD)
+    got.loss.backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+    assert x.grad[1].abs().max() == 0.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0, 1000.0])
+def test_a_half_precision_teacher_far_from_the_student(shift: float) -> None:
+    """The student's logits are the first guess of the teacher's product, good or bad."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(T, 16, generator=generator).bfloat16()
+    head = torch.randn(V, 16, generator=generator).bfloat16()
+    exact = hidden.double() @ head.double().T
+    got = loss_of(
+        (exact + 1.0 + shift).float(), (hidden, head), None, coefficients=opd_everywhere(),
+        lambdas=(1.0,), mask=torch.ones(T),
+    )  # fmt: skip
+    right = exact.log_softmax(-1).gather(1, torch.arange(T)[:, None])[:, 0]
+    teacher = got.statistics.teacher_logprobs
+    assert teacher is not None
+    assert (teacher - right).abs().max() < 0.02
 
 
 def test_jsd_is_finite_where_one_model_excludes_a_column() -> None:

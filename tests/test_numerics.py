@@ -272,7 +272,7 @@ MISTAKES = {
     "no number": (["--world", "two"], "--world is 'two'"),
     "no folder": (
         ["--json", "nowhere/x.json"],
-        "--json nowhere/x.json: there is no folder nowhere",
+        "--json nowhere/x.json: a file in a folder that is there is wanted",
     ),
     "a recipe": (["recipes/demo/sg_opd.yaml"], "takes no recipe"),
     "both": (["--parallel"], "not both"),

@@ -1,4 +1,4 @@
-"""`sgopd bench kl|plot …`: ours beside other projects' losses, in a process of its own.
+"""`sgopd bench kl|step|plot …`: ours beside other projects' losses, in a process of its own.
 
 The arguments behind it are the bench's: `sgopd bench kl --help`.
 """
@@ -13,10 +13,15 @@ from megatron_sgopd.cli.common import Commands, add_command
 
 
 def add(commands: Commands) -> None:
-    text = "measure the loss beside its baselines, as ratios in one run (kl), or draw it (plot)"
+    text = (
+        "measure the loss (kl) or whole steps (step) beside others', as ratios, or draw them (plot)"
+    )
     command = add_command(commands, "bench", bench, text)
     command.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="kl|plot …", help="each has its own --help"
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="kl|step|plot …",
+        help="each has its own --help",
     )
 
 

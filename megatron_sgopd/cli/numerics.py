@@ -33,7 +33,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def check_numerics(arguments: argparse.Namespace) -> int:
     """Exit code 0: all cases passed; 1: one failed; 2: the function cannot be tried."""
-    from megatron_sgopd.numerics.adapter import OURS, check_name, load
+    from megatron_sgopd.numerics.adapter import OURS, WORLDS, check_name, load
     from megatron_sgopd.numerics.suite import as_json, run_suite, table, verdict
 
     if arguments.recipe is not None:
@@ -43,12 +43,14 @@ def check_numerics(arguments: argparse.Namespace) -> int:
     name = arguments.function or OURS
     check_name(name)
     worlds = _worlds(arguments.world)
-    if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
-        raise ConfigError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    file: Path | None = arguments.json
+    if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
+        raise ConfigError(f"--json {file}: a file in a folder that is there is wanted")
     adapter = load(name)  # imports torch
     if not (worlds := [w for w in worlds if w in adapter.worlds]):
         works = ", ".join(str(w) for w in adapter.worlds)
-        raise ConfigError(f"--world {arguments.world}: {name} works at {works}")
+        asked = arguments.world or ",".join(str(w) for w in WORLDS)
+        raise ConfigError(f"--world {asked}: {name} says it works at {works} alone")
     results = run_suite(adapter, worlds)
     print(f"{name}\n" + "\n".join(table(results)))
     if arguments.json is not None:

@@ -215,6 +215,11 @@ IMITATIONS = {  # whose gradient has a multiple of p - onehot
     "verifier, top 5 and a tail": Loss(method="grpo", top_k=5),
     "verifier, candidate gate": Loss(method="grpo", candidate=True),
 }
+TAILS = {  # whose slopes are large where the student's tail is nearly empty
+    "top 5 and a tail": Loss(method="opd", top_k=5),
+    "top 5 and a tail, forward KL": Loss(method="opd", top_k=5, divergence="forward_kl"),
+    "top 5 and a tail, JSD": Loss(method="opd", top_k=5, divergence="jsd"),
+}
 IN_ALL = replace(SMALL, minus_inf="all")
 
 
@@ -228,6 +233,13 @@ def _loss_cases() -> Iterator[Case]:
         yield case(f"{name}, bf16", loss, replace(SMALL, dtype="bfloat16"))
         yield case(f"{name}, fp16", loss, replace(SMALL, dtype="float16"))
         yield case(f"{name}, -inf columns in all models", loss, IN_ALL)
+    for name, loss in TAILS.items():
+        yield case(f"{name}, KL 10", loss, replace(SMALL, kl=10.0))
+        yield case(f"{name}, one-hot student", loss, replace(SMALL, peaked="student"))
+    shifted = Loss(method="opd", temperature=0.7, top_k=5)
+    yield case(
+        "top 5, temperature 0.7, rows shifted by ±1000", shifted, ROWS["rows shifted by ±1000"]
+    )
     # Of p - onehot there hardly anything is left at the token: rounding p first would lose it.
     certain = replace(SMALL, tokens=64, near_certain=True, dtype="bfloat16")
     for name, loss in IMITATIONS.items():

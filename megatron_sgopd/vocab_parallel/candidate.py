@@ -49,10 +49,18 @@ class Candidate(Objective):
             exponentials(centre(x, softmax, a), self.c, softmax, a)
 
     def divergence(self, chunk: Chunk, local: Columns, found: Found, c: Coefficients) -> Tensor:
+        sums = self._expected(chunk, local, found)
+        if not self.careful and not bool(sums.isfinite().all()):  # perhaps where it does not count
+            self.careful = True
+            sums = self._expected(chunk, local, found)
+        return -self.shard.all_gather(sums).double().sum(0)[0]
+
+    def _expected(self, chunk: Chunk, local: Columns, found: Found) -> Tensor:
+        """This shard's part of E_p A, [1, n]."""
         sums = torch.empty(1, len(chunk), dtype=self.shard.dtype, device=chunk.owned.device)
         for block, p, advantage, other in self._advantages(chunk, local, found):
             weighted_sum(advantage, p, sums[0, block], other, self.careful)
-        return -self.shard.all_gather(sums).double().sum(0)[0]
+        return sums
 
     def gradient(
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
@@ -62,10 +70,9 @@ class Candidate(Objective):
         bias = torch.where(weight == 0, 0.0, -weight * divergence)  # which may be infinite
         bias = bias if additive is None else bias + additive
         bias = bias.to(self.shard.dtype)[:, None]
-        infinite = not bool(divergence.isfinite().all())
         for block, p, advantage, _ in self._advantages(chunk, local, found):
             rows = chunk.rows(block)
-            if infinite:
+            if self.careful:
                 advantage.masked_fill_(slope[block] == 0, 0.0)
             scale_and_shift(advantage, slope[block], bias[block])
             out = destination(chunk.student, rows, advantage)
@@ -94,8 +101,12 @@ class Candidate(Objective):
                 out.add_(constants[name][block])
             torch.sub(t, r, out=r)
             a2 = torch.sub(t, s, out=t)
-            if self.careful:  # no column that its model excludes has an opinion of the others
+            if self.careful:  # a column that both models exclude says nothing
                 a2.nan_to_num_(0.0, torch.inf, -torch.inf)
-                r.nan_to_num_(0.0, 0.0, 0.0)
-            lam = self.candidate_lambda(a2, chunk.index[block])
-            yield block, exp_(s), a2.add_(r.mul_(lam - 1.0)), other
+                r.nan_to_num_(0.0, torch.inf, -torch.inf)
+            extra = self.candidate_lambda(a2, chunk.index[block]) - 1.0
+            advantage = r.mul_(extra)
+            if self.careful:  # an infinite difference counts only where lambda is not 1
+                advantage.masked_fill_(extra == 0, 0.0)
+                advantage.masked_fill_(a2 == -torch.inf, 0.0)  # excluded by the teacher anyway
+            yield block, exp_(s), a2.add_(advantage), other

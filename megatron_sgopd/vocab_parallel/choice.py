@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from megatron_sgopd.vocab_parallel.top_k import TopK
 ESTIMATORS = ("sampled", "full_vocab")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 BACKENDS = ("auto", "torch", "triton")
+LEAST_BETA = 1e-6  # of a JSD, or of 1 - beta
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Choice:
             raise ValueError(f"one or two lambdas are allowed, got {len(self.lambdas)}")
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta is {self.beta}; it lies between 0 (forward) and 1 (reverse KL)")
+        if 0.0 < min(self.beta, 1.0 - self.beta) < LEAST_BETA:
+            raise ValueError(
+                f"beta is {self.beta}, which fp32 hardly tells from an end point: use 0 (forward "
+                "KL) or 1 (reverse KL)"
+            )
         if self.estimator != "full_vocab":
             for name, off in (("divergence", "reverse_kl"), ("top_k", None)):
                 if (value := getattr(self, name)) != off:
@@ -60,6 +67,11 @@ class Choice:
                         f"{name} is {value!r} with estimator 'sampled', which reads one token of a "
                         "row: use full_vocab"
                     )
+            if self.candidate_lambda is not None:
+                raise ValueError(
+                    "candidate_lambda was given with estimator 'sampled', which reads one token of "
+                    "a row: use full_vocab"
+                )
         if self.top_k is not None:
             self._check_top_k(self.top_k)
         if self.candidate_lambda is not None and self.divergence != "reverse_kl":
@@ -67,8 +79,8 @@ class Choice:
                 f"the per-candidate gate is a reverse KL; divergence is {self.divergence!r}"
             )
 
-    def _check_top_k(self, k: int) -> None:
-        if k < 1:
+    def _check_top_k(self, k: Any) -> None:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(f"top_k is {k}; at least one token is wanted (None: all of them)")
         if self.candidate_lambda is not None:
             raise ValueError("top_k and the per-candidate gate do not go together: drop one")
@@ -119,6 +131,25 @@ class Choice:
         return torch.full(like.shape, lam, dtype=torch.float64, device=like.device)
 
 
+def lambdas_from(given: object) -> tuple[Lambda, ...]:
+    """The lambdas as numbers or tensors [T].
+
+    Raises:
+        ValueError: something else was given.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ValueError(f"lambdas is {given!r}; a sequence of one or two is wanted: (1.0, 1.8)")
+    found: list[Lambda] = []
+    for lam in given:
+        if isinstance(lam, Tensor) and lam.dim() == 1:
+            found.append(lam)
+        elif isinstance(lam, int | float) or (isinstance(lam, Tensor) and lam.dim() == 0):
+            found.append(float(lam))
+        else:
+            raise ValueError(f"a lambda is {lam!r}; a number is wanted, or a tensor [T]")
+    return tuple(found)
+
+
 def check_models(choice: Choice, models: Mapping[str, Rows]) -> None:
     """Raises ValueError for models that do not fit each other or the choice."""
     width = num_local_rows(models["student"])
@@ -140,7 +171,10 @@ def check_models(choice: Choice, models: Mapping[str, Rows]) -> None:
         raise ValueError("top_k compares with the teacher alone; a reference was given: leave it")
     extrapolates = choice.candidate_lambda or not all(is_one(lam) for lam in choice.lambdas)
     if extrapolates and "reference" not in models:
-        raise ValueError(f"lambdas {choice.lambdas} need a reference; none was given")
+        raise ValueError(
+            f"lambdas {choice.lambdas} need a reference and none was given: give one, or pass "
+            "lambdas=(1.0,)"
+        )
 
 
 def make_objective(choice: Choice, shard: Shard, models: Mapping[str, Rows]) -> Objective:
@@ -159,7 +193,7 @@ def make_objective(choice: Choice, shard: Shard, models: Mapping[str, Rows]) -> 
         return gate
     if choice.top_k is not None:
         best = TopK(shard, Layout(**has), backend=choice.backend)
-        best.k = choice.top_k
+        best.k = min(choice.top_k, shard.size * num_local_rows(models["student"]))
         best.beta = {"reverse_kl": 1.0, "forward_kl": 0.0}.get(choice.kind, choice.beta)
         return best
     lambdas = choice.lambdas

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from megatron_sgopd.vocab_parallel.blocks import Chunk
 from megatron_sgopd.vocab_parallel.candidate import CandidateLambda
-from megatron_sgopd.vocab_parallel.choice import Choice, check_models, make_objective
+from megatron_sgopd.vocab_parallel.choice import Choice, check_models, lambdas_from, make_objective
 from megatron_sgopd.vocab_parallel.objective import Lambda
 from megatron_sgopd.vocab_parallel.passes import from_hidden, from_logits, joined, whole_chunk
 from megatron_sgopd.vocab_parallel.projection import Projection
 from megatron_sgopd.vocab_parallel.sampled import Sampled
-from megatron_sgopd.vocab_parallel.shard import Rows, Shard
+from megatron_sgopd.vocab_parallel.shard import Rows, Shard, check_inputs
 from megatron_sgopd.vocab_parallel.softmax import Layout
 from megatron_sgopd.vocab_parallel.task import CoefficientFunction, LossResult, Task
 
@@ -72,8 +72,8 @@ def distillation_loss(
         vocab_size: rows from here on are padding and enter no softmax.
         coefficients: merged statistics -> (weight, lambda, additive), [T] each. lambda is a bool
             (the last of `lambdas` where true) or a number; with `full_vocab` one of `lambdas`. An
-            object whose `select(index)` gives the function of some tokens [n] is asked about slices
-            of the active tokens instead of once about all T.
+            object whose `select(places)` gives the function of some tokens (`places`: a slice, or
+            their indices [n]) is asked about a few at a time instead of once about all T.
         lambdas: at most two, each a number or [T]; `full_vocab` prepares their targets.
         token_scale: [T], the normalisation (1/(B |y_i|) for a mean of means); None is 1.
         candidate_lambda: the per-candidate gate, (a2 [n, V], token indices [n]) -> lambda [n, V],
@@ -81,7 +81,8 @@ def distillation_loss(
         divergence: of `full_vocab`: reverse_kl, forward_kl or jsd (with `beta`; `divergences.py`).
         top_k: of `full_vocab`: over the teacher's k likeliest tokens and a tail; lambda 1 only.
         overwrite_student: the gradient is written over the student's logits, which saves a copy of
-            them. Without gradients nothing is written.
+            them; they are gone even where the call is then refused. Without gradients nothing is
+            written.
         student_entropy: whether `statistics` has the student's entropy; from the same pass, at a
             cost of two operations an element. JSD and the per-candidate gate always have it.
         chunk_tokens: tokens projected at once; None: by bytes, at least 256.
@@ -95,9 +96,16 @@ def distillation_loss(
     models: dict[str, Rows] = {"student": student}
     models |= {k: m for k, m in (("teacher", teacher), ("reference", reference)) if m is not None}
     choice = Choice(
-        estimator, divergence, beta, top_k, tuple(lambdas), candidate_lambda, backend,
+        estimator, divergence, beta, top_k, lambdas_from(lambdas), candidate_lambda, backend,
         entropy=student_entropy,
     )  # fmt: skip
+    per_token = {"token_scale": token_scale}
+    per_token |= {f"lambdas[{i}]": lam for i, lam in enumerate(choice.lambdas)}  # type: ignore[misc]
+    check_inputs(models, tokens, mask, per_token)
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(
+            f"chunk_tokens is {chunk_tokens}; one token or more is wanted (None: auto)"
+        )
     check_models(choice, models)
     shard = Shard.of(
         student, tokens=tokens, mask=mask, group=group, vocab_size=vocab_size,
@@ -124,6 +132,7 @@ def sampled_logprobs(
 
     The scoring pass of a frozen model. Arguments as in `distillation_loss`.
     """
+    check_inputs({"student": rows}, tokens, mask)
     with torch.no_grad():
         shard = Shard.of(
             rows, tokens=tokens, mask=mask, group=group, vocab_size=vocab_size,
@@ -133,7 +142,7 @@ def sampled_logprobs(
         models = {"student": rows}
         chunks: Iterator[Chunk]
         if isinstance(rows, Tensor):
-            chunks = iter([whole_chunk(shard, {"student": rows.detach()})])
+            chunks = iter([whole_chunk(shard, {"student": rows.detach()[:, : shard.valid]})])
         else:
             projection = Projection(shard, models, chunk_tokens=chunk_tokens, with_gradient=False)
             chunks = projection.chunks(kept=True)

@@ -88,8 +88,12 @@ class Projection:
     # -- forward -----------------------------------------------------------------------------------
 
     def chunks(self, *, kept: bool) -> Iterator[Chunk]:
-        """The chunks in order. `kept`: the passes may leave results in the buffers."""
+        """The chunks in order. `kept`: the passes may leave results in the buffers.
+
+        Not where a model came as logits: those may hold -inf, and then the pass is taken again.
+        """
         shard = self.shard
+        kept = kept and all(isinstance(rows, tuple) for rows in self.models.values())
         for number, start in enumerate(range(0, len(shard.active), self.size)):
             part = slice(start, min(start + self.size, len(shard.active)))
             index = shard.active[part]
@@ -136,8 +140,8 @@ class Projection:
                     guess = torch.mm(hidden, head[piece].T)
                 else:
                     guess = student[:, piece].to(head.dtype)
-                out[:, piece] = guess
-                out[:, piece] += guess.addmm_(hidden, head[piece].T, beta=-1.0)
+                if not _complete(out[:, piece], guess, hidden, head[piece]):  # no good guess
+                    _complete(out[:, piece], out[:, piece].to(head.dtype), hidden, head[piece])
 
     def _select(self, hidden: Tensor, index: Tensor) -> Tensor:
         return hidden if len(index) == len(hidden) else hidden.index_select(0, index)
@@ -189,6 +193,23 @@ class Projection:
         if isinstance(student, Tensor) or not student[1].requires_grad or self.in_main_grad:
             return None
         return self._head_sum.to(student[1].dtype)
+
+
+def _complete(out: Tensor, guess: Tensor, hidden: Tensor, head: Tensor) -> bool:
+    """Puts hidden head^T to `out`: the guess and the product of what lies beyond it.
+
+    False where that is no smaller than the result: its rounding is no smaller either.
+    """
+    out.copy_(guess)
+    beyond = guess.addmm_(hidden, head.T, beta=-1.0)
+    out += beyond
+    return _largest(beyond) <= _largest(out)
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value; 0 of nothing."""
+    low, high = torch.aminmax(values) if values.numel() else (values.new_zeros(()),) * 2
+    return max(-float(low), float(high))
 
 
 def _slices(rows: int) -> list[slice]:

@@ -72,6 +72,8 @@ class TowardTarget(Objective):
         else:
             torch.add(t, gap, alpha=extra, out=out)
         if self.careful:  # where the teacher excludes a column, whatever the reference says
+            if isinstance(extra, Tensor):  # and where lambda is 1, whatever the reference excludes
+                out.copy_(torch.where(extra == 0, t, out))
             out.masked_fill_(t == -torch.inf, -torch.inf)
         return out
 
@@ -128,7 +130,11 @@ class ReverseKL(TowardTarget):
         for lam, target in self.merge_targets(chunk, shards, found):
             expected, offset = found.expected[0], target.log_total - found.student.log_total
             if not is_one(lam):
-                expected = expected - self.less_one(lam, chunk) * found.expected[1]
+                less_one = self.less_one(lam, chunk)
+                more = less_one * found.expected[1]
+                if isinstance(less_one, Tensor):
+                    more = torch.where(less_one == 0, 0.0, more)  # which may be infinite
+                expected = expected - more
                 offset = offset + over(target.softmax.maximum, self.temperature)
             values.append(over(expected, self.temperature) + offset)
         found.divergences = tuple(values)

@@ -6,7 +6,8 @@ active (masked-in) tokens, W ranks of the group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,37 @@ def num_local_rows(rows: Rows) -> int:
 def is_logprobs(rows: Rows | None) -> bool:
     """Whether `rows` are log-probs [T] already."""
     return isinstance(rows, Tensor) and rows.dim() == 1
+
+
+def check_inputs(
+    models: Mapping[str, Rows],
+    tokens: Tensor,
+    mask: Tensor,
+    per_token: Mapping[str, object] | None = None,
+) -> None:
+    """Raises ValueError where the inputs are not of the same T tokens.
+
+    `per_token`: whatever else may be a tensor [T].
+    """
+    if tokens.dim() != 1:
+        raise ValueError(f"tokens is {list(tokens.shape)}; [T] is wanted: flatten the batch")
+    num = len(tokens)
+    for name, rows in models.items():
+        if isinstance(rows, Tensor):
+            shapes, allowed = [rows.shape], (2,) if name == "student" else (1, 2)
+            wanted = "[T, V]" if name == "student" else "[T, V], or log-probs [T]"
+        else:
+            shapes, allowed = [rows[0].shape, rows[1].shape], (2,)
+            wanted = "hidden [T, D] and head [V, D]"
+        fits = len(shapes[0]) in allowed and shapes[0][0] == num
+        if len(shapes) == 2:
+            fits = fits and len(shapes[1]) == 2 and shapes[0][1] == shapes[1][1]
+        if not fits:
+            came = " and ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"the {name} is {came}; wanted is {wanted}, with {num} tokens")
+    for name, values in {"mask": mask, **(per_token or {})}.items():
+        if isinstance(values, Tensor) and values.numel() != num:
+            raise ValueError(f"{name} is {list(values.shape)}; [T] is wanted, with {num} tokens")
 
 
 @dataclass(frozen=True)
@@ -64,11 +96,21 @@ class Shard:
                 f"{size} ranks with {width} vocabulary rows each hold {size * width} rows, fewer "
                 f"than vocab_size {vocab_size}: give each rank its shard and the model's true size"
             )
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; a loss needs one above 0")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; a finite one above 0 is wanted")
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size is {vocab_size}; the models' true size is wanted")
         valid = max(0, min(width, vocab_size - rank * width))
         active = mask.reshape(-1).nonzero()[:, 0]
-        local = tokens[active] - rank * width
+        local = tokens[active]
+        if not local.is_cuda and len(local):  # on GPUs looking would cost a wait
+            low, high = int(local.min()), int(local.max())
+            if low < 0 or high >= vocab_size:
+                raise ValueError(
+                    f"a token to train on is {low if low < 0 else high}; ids from 0 to "
+                    f"{vocab_size - 1} (vocab_size {vocab_size}) are wanted: mask the others"
+                )
+        local = local - rank * width
         return cls(
             num_tokens=tokens.shape[0],
             active=active,

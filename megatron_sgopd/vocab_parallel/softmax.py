@@ -118,13 +118,16 @@ class Columns:
         return self.storage[..., first : first + self.layout.sums, :]
 
     def sums_are_finite(self) -> bool:
-        """False where a logit is -inf (or NaN): then every product with it is NaN or infinite."""
+        """False where a logit is -inf (or NaN): then every product with it is NaN or infinite.
+
+        The targets' totals too, of which a column that several models exclude makes NaN.
+        """
         products = self._products
         return products is None or math.isfinite(float(products.sum()))
 
     @cached_property
     def _products(self) -> Tensor | None:
-        first = self.layout.first_sum
+        first = 3 * self.layout.num_models
         return self.storage[first:] if first < self.layout.num_columns else None
 
     def _row(self, i: int) -> Tensor:

@@ -87,7 +87,9 @@ class Task:
         )
         if every:
             shown = tuple(None if v is None else shard.spread(v) for v in shown)  # type: ignore[assignment]
-        weight, lam, additive = function(Statistics(*shown))
+        given = function(Statistics(*shown))
+        _check_shapes(given, shown[0].shape)
+        weight, lam, additive = given
         if every:
             weight, lam, additive = (v[shard.active] for v in (weight, lam, additive))
         places = shard.active if places is None else places
@@ -113,8 +115,9 @@ class Task:
         if bool(infinite.any()):
             raise ValueError(
                 f"{int(infinite.sum())} of {len(infinite)} tokens have an infinite "
-                f"{self.objective.name}: one model excludes (a logit of -inf) what the other gives "
-                "probability to. Exclude the same columns in every model, or mask these tokens"
+                f"{self.objective.name}, or none that is a number: one model excludes (a logit of "
+                "-inf) what the other gives probability to, or holds NaN or +inf. Exclude the same "
+                "columns in every model, or mask these tokens"
             )
 
     def result(self, pieces: Sequence[Piece], loss: Tensor) -> LossResult:
@@ -151,6 +154,16 @@ class Task:
         self.refuse(torch.cat([p.infinite for p in pieces]))
         sums = [p.scaled_losses().sum() for p in pieces]
         return torch.stack(sums).sum().to(self.shard.dtype)
+
+
+def _check_shapes(coefficients: tuple[Any, Any, Any], shape: torch.Size) -> None:
+    """Raises ValueError where coefficients are not one for each token that was shown."""
+    if any(getattr(v, "shape", None) != shape for v in coefficients):
+        came = [list(v.shape) if isinstance(v, Tensor) else v for v in coefficients]
+        raise ValueError(
+            f"the coefficients (weight, lambda, additive) are {came[0]}, {came[1]} and {came[2]}; "
+            f"tensors {list(shape)} are wanted, a value for each token"
+        )
 
 
 def _is_infinite(divergence: Tensor, found: Found, c: Coefficients) -> Tensor:

@@ -2,7 +2,8 @@
 
 k + 1 outcomes with proper probabilities P (student) and Q (teacher), so that no divergence is ever
 negative. The tail's mass is summed and never 1 - the others' sum, which rounds below 0. With a_o =
-dD / dP_o the row's gradient is p_v (a_{o(v)} - sum_o P_o a_o).
+dD / dP_o, outcome o moves by m_o = P_o (a_o - sum P a): its own column's gradient where it is one
+token, and shared out in proportion to p_v over the columns of the tail.
 
 Each rank sends its k best teacher logits with their ids and the student's logits there, and the
 softmax of what is left; merged, the k best of all ranks are taken (ties by the lower id, alike on
@@ -32,6 +33,7 @@ class Outcomes:
     ids: Tensor  # [n, k] vocabulary ids of the teacher's best
     student: Tensor  # [n, k + 1] log P
     teacher: Tensor  # [n, k + 1] log Q
+    log_tail: Tensor  # [n], log of the sum of exp(x / temperature) over the student's tail
 
 
 class TopK(Objective):
@@ -103,7 +105,7 @@ class TopK(Objective):
             torch.cat([v[:, : self.k] / tau, tail[:, None]], -1) - total[:, None]
             for v, tail, total in zip((x, t), log_tails, log_totals, strict=True)
         ]
-        self.outcomes = Outcomes(ids[:, : self.k].long(), *logs)
+        self.outcomes = Outcomes(ids[:, : self.k].long(), logs[0], logs[1], log_tails[0])
         totals = torch.stack(log_totals)
         tokens = [s.token.amax(0) for s in (shards.student, shards.teacher) if s.token is not None]
         softmax = Softmax(totals * tau, torch.ones_like(totals), torch.stack(tokens))
@@ -112,12 +114,13 @@ class TopK(Objective):
         return Found(self.layout, models, student, teacher, None)
 
     def divergence(self, chunk: Chunk, local: Columns, found: Found, c: Coefficients) -> Tensor:
-        return self._value_and_slope()[0]
+        return self._value_and_moves()[0]
 
-    def _value_and_slope(self) -> tuple[Tensor, Tensor]:
-        """D [n] and a = dD / dP, up to a constant of the token, [n, k + 1].
+    def _value_and_moves(self) -> tuple[Tensor, Tensor]:
+        """D [n] and its derivative with respect to the outcomes' logits, m, [n, k + 1].
 
-        What rounding leaves of a divergence below 0 is 0.
+        m of the forward KL is P - Q: formed as P times a slope of Q / P it would be lost where P is
+        small. What rounding leaves of a divergence below 0 is 0.
         """
         log_p, log_q = self.outcomes.student, self.outcomes.teacher
         p, q = log_p.exp(), log_q.exp()
@@ -125,44 +128,51 @@ class TopK(Objective):
         def expected(weights: Tensor, log_ratio: Tensor) -> Tensor:
             return (weights * log_ratio).masked_fill(weights == 0, 0.0).sum(-1)
 
+        if self.beta == FORWARD:
+            return expected(q, log_q - log_p).clamp(min=0.0), p - q
         if self.beta == REVERSE:
-            value, slope = expected(p, log_p - log_q), log_p - log_q
-        elif self.beta == FORWARD:
-            value, slope = expected(q, log_q - log_p), -(log_q - log_p).exp()
+            slope = log_p - log_q
+            value = expected(p, slope)
         else:
             d = (log_q - log_p).nan_to_num(0.0).clamp(-700.0, 700.0)
             mixture = torch.log1p(self.beta * torch.expm1(d))  # log m - log p
             slope = -(1.0 - self.beta) * mixture
             value = self.beta * expected(q, d - mixture) + expected(p, slope)
-        return value.clamp(min=0.0), slope.masked_fill(p == 0, 0.0)
+        slope = slope.masked_fill(p == 0, 0.0)
+        return value.clamp(min=0.0), p * (slope - (p * slope).sum(-1, keepdim=True))
 
     def gradient(
         self, chunk: Chunk, local: Columns, found: Found, c: Coefficients, divergence: Tensor
     ) -> None:
         dtype, tau = self.shard.dtype, self.temperature
         weight, additive = c.per_logit(tau)
-        p, slope = self.outcomes.student.exp(), self._value_and_slope()[1]
-        slope = slope - (p * slope).sum(-1, keepdim=True)
-        log_total = found.student.softmax.maximum / tau
-        shift = log_total.to(dtype)[:, None]
-        # What the shift loses in fp32 goes into the factor, with which it is multiplied anyway.
-        of_tail = weight * slope[:, -1]
-        of_tail = of_tail if additive is None else of_tail + additive
-        of_tail = (of_tail * (shift[:, 0].double() - log_total).exp()).to(dtype)[:, None]
-        at_best = (weight[:, None] * (slope[:, :-1] - slope[:, -1:]) * p[:, :-1]).to(dtype)
+        moves = weight[:, None] * self._value_and_moves()[1]
+        moves = torch.where(weight[:, None] == 0, 0.0, moves)  # of an infinite divergence
+        if additive is not None:
+            moves = moves + additive[:, None] * self.outcomes.student.exp()
+        # A column of the tail has exp((x - centre) / tau) of the tail's move; what the centre loses
+        # in fp32 goes into the factor. A student without a tail has no column that moves with it.
+        log_tail = self.outcomes.log_tail
+        exact = (log_tail * tau).masked_fill(log_tail == -torch.inf, 0.0)
+        centre = exact.to(dtype)[:, None]
+        of_tail = moves[:, -1] * ((centre[:, 0].double() - exact) / tau).exp()
+        of_tail = of_tail.to(dtype)[:, None]
+        at_best = moves[:, :-1].to(dtype)
         columns = self.outcomes.ids - self.shard.first
         mine = (columns >= 0) & (columns < self.shard.valid) & (self.outcomes.ids >= 0)
-        at_best, columns = at_best.masked_fill(~mine, 0.0), columns.masked_fill(~mine, 0)
         scratch = self.scratch(chunk)
         for block in scratch.blocks(len(chunk)):
             x, _ = scratch.buffers(block.stop - block.start)
             rows = chunk.rows(block)
             if self.shard.valid == 0:
                 continue
-            x = torch.mul(load(chunk.student, rows, x), 1.0 / tau, out=x)
-            x.sub_(shift[block]).exp_().mul_(of_tail[block])
+            x = torch.sub(load(chunk.student, rows, x), centre[block], out=x)
+            # Above the centre are the best alone, which are set below.
+            x.clamp_(max=0.0).mul_(1.0 / tau).exp_().mul_(of_tail[block])
             out = destination(chunk.student, rows, x)
-            out.copy_(x.scatter_add_(-1, columns[block], at_best[block]))
+            row, best = mine[block].nonzero(as_tuple=True)
+            x[row, columns[block][row, best]] = at_best[block][row, best]
+            out.copy_(x)
             self.finish(chunk, block, out, part(additive, block))
 
 
