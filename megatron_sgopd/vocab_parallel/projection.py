@@ -170,7 +170,7 @@ class Projection:
             if self.hidden_grad is not None:
                 more = product_in(grad.dtype, part, head[piece])
                 product = more if product is None else product.add_(more)
-            if student[1].requires_grad and whole:
+            if student[1].requires_grad and whole and self._head_sum.dtype == part.dtype:
                 self._head_sum[piece].addmm_(part.T, states)
             elif student[1].requires_grad:
                 self._head_sum[piece] += product_in(self._head_sum.dtype, part.T, states)
