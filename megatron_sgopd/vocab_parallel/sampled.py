@@ -26,7 +26,7 @@ class Sampled(Objective):
     """Policy gradient on the sampled token, with an advantage that is held constant."""
 
     name = "sampled divergence"
-    scratch_share = 0.325  # it takes less than the others, so that the memory shows
+    scratch_share = 0.325  # it needs little memory otherwise, and small blocks cost it little
     triton_sums = "none"
     keeps = True
     one_pass = True
