@@ -201,26 +201,28 @@ class LossChunks:
 
     def scoring_bytes(self, tokens: int, hidden: int, b: int) -> int:
         """While log-probs of `tokens` are made; `b`: bytes of an element of the model."""
-        scratch = self._scratch_bytes(tokens)
-        return self._logits_bytes(tokens) + max(self._projecting(tokens, hidden, b), scratch)
+        scratch = self._scratch_bytes(tokens, 1)  # no products: an entropy is not wanted
+        return self._logits_bytes(tokens) + max(self._projecting(tokens, hidden, b, 1), scratch)
 
     def training_bytes(self, tokens: int, hidden: int, b: int) -> int:
         """While the loss and its gradient are made, the gradient of all hidden states aside."""
-        ending = self._scratch_bytes(tokens) + self._gradient_bytes(tokens, hidden, b)
-        return self._logits_bytes(tokens) + max(self._projecting(tokens, hidden, b), ending)
+        buffers = 1 + self.models  # one for products
+        ending = self._scratch_bytes(tokens, buffers) + self._gradient_bytes(tokens, hidden, b)
+        projecting = self._projecting(tokens, hidden, b, buffers)
+        return self._logits_bytes(tokens) + max(projecting, ending)
 
     def _logits_bytes(self, tokens: int) -> int:
         n = min(tokens, self.tokens)
         sets = min(self.sets, -(-tokens // n))
         return 4 * n * self.rows * self.models * sets
 
-    def _scratch_bytes(self, tokens: int) -> int:
-        """Of a block's passes, made with the first chunk: a buffer a model and one for products."""
+    def _scratch_bytes(self, tokens: int, buffers: int) -> int:
+        """Of a block's passes, made with the first chunk."""
         n = min(tokens, self.tokens)
         budget = SCRATCH_BYTES[self.device] * (SAMPLED_SHARE if self.models == 1 else 1.0)
-        return min(int(budget), 4 * n * self.rows * (1 + self.models))
+        return min(int(budget), 4 * n * self.rows * buffers)
 
-    def _projecting(self, tokens: int, hidden: int, b: int) -> int:
+    def _projecting(self, tokens: int, hidden: int, b: int, buffers: int) -> int:
         """A chunk's states and, of the chunks after the first, the scratch.
 
         GPUs give the products in fp32. CPUs give them in the model's type, for some rows of the
@@ -228,7 +230,7 @@ class LossChunks:
         """
         n, rows = min(tokens, self.tokens), min(self.rows, HEAD_ROWS)
         converted = 0 if b == 4 or self.device == "cuda" else n * rows * (b + 4)
-        later = self._scratch_bytes(tokens) if tokens > n else 0
+        later = self._scratch_bytes(tokens, buffers) if tokens > n else 0
         return n * hidden * b + converted + later
 
     def _gradient_bytes(self, tokens: int, hidden: int, b: int) -> int:
