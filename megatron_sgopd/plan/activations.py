@@ -217,7 +217,7 @@ class LossChunks:
         return 4 * n * self.rows * self.models * sets
 
     def _scratch_bytes(self, tokens: int, buffers: int) -> int:
-        """Of a block's passes, made with the first chunk."""
+        """Compute the bytes of the passes' buffers, which are made with the first chunk."""
         n = min(tokens, self.tokens)
         budget = SCRATCH_BYTES[self.device] * (SAMPLED_SHARE if self.models == 1 else 1.0)
         return min(int(budget), 4 * n * self.rows * buffers)

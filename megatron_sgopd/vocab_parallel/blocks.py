@@ -53,7 +53,7 @@ class Chunk:
         return len(self.local_token)
 
     def rows(self, block: slice) -> Place:
-        """Where the block's tokens are; a slice wherever they lie together."""
+        """Find the block's tokens in the matrices; a slice wherever they lie together."""
         if isinstance(self.place, slice):
             return slice(self.place.start + block.start, self.place.start + block.stop)
         return together(self.place[block])
@@ -145,7 +145,7 @@ def load(matrix: Tensor, rows: Place, out: Tensor) -> Tensor:
 
 
 def destination(matrix: Tensor, rows: Place, scratch: Tensor) -> Tensor:
-    """Where a block's result is written: into the matrix itself where its rows are a view."""
+    """Choose where a block's result is written: the matrix itself where its rows are a view."""
     direct = isinstance(rows, slice) and matrix.dtype == scratch.dtype
     return matrix[rows] if direct else scratch
 

@@ -81,7 +81,7 @@ class Coefficients:
 
     @classmethod
     def joined(cls, parts: Sequence[Coefficients]) -> Coefficients:
-        """Of all tokens, from those of their blocks."""
+        """Join the coefficients of blocks to those of all tokens."""
 
         def join(values: Sequence[Tensor | None]) -> Tensor | None:
             there = [v for v in values if v is not None]
@@ -96,7 +96,7 @@ class Coefficients:
         )
 
     def part(self, tokens: slice) -> Coefficients:
-        """Of some of the tokens."""
+        """Select the coefficients of some of the tokens."""
         return Coefficients(
             self.weight[tokens],
             self.lam[tokens],
@@ -314,13 +314,13 @@ class Objective(ABC):
         """Writes scale * (weight dD - additive d log p(y)) over the student's rows."""
 
     def constants(self, found: Found, c: Coefficients) -> Constants:
-        """What tokens' gradients are made with; of objectives with `one_pass`."""
+        """Compute what tokens' gradients are made with; for objectives with `one_pass`."""
         raise NotImplementedError
 
     def block_gradient(
         self, chunk: Chunk, block: slice, columns: Columns, constants: Constants
     ) -> None:
-        """Writes a block's gradient from its tokens' constants; of objectives with `one_pass`."""
+        """Write a block's gradient from its tokens' constants; for objectives with `one_pass`."""
         raise NotImplementedError
 
     def finish_tokens(self, chunk: Chunk, found: Found, c: Coefficients) -> None:  # noqa: B027

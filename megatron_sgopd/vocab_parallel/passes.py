@@ -216,7 +216,7 @@ def joined(parts: Sequence[Tensor], objective: Objective) -> Tensor:
 
 
 def _nothing(task: Task, projection: Projection) -> Piece:
-    """Of a micro-batch that trains on no token: tensors of length 0."""
+    """Make the result of a micro-batch that trains on no token: tensors of length 0."""
     objective = task.objective
     found = objective.merge_all(objective.no_columns()[None].double())
     empty = found.student_logprobs
