@@ -157,7 +157,7 @@ class ReverseKL(TowardTarget):
             self.block_gradient(chunk, block, local.at(block), constants.part(block))
 
     def constants(self, found: Found, c: Coefficients) -> Constants:
-        """Split weight / (total tau) (d - E_p d) + additive / total, d being the chosen lambda's."""
+        """Split weight / (total tau) (d - E_p d) + additive / total; d is the chosen lambda's."""
         weight, additive = c.per_logit(self.temperature)
         extra = c.lam - 1.0 if self.extrapolated else None
         assert found.expected is not None
