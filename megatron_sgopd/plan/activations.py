@@ -35,7 +35,7 @@ class Shape:
         return len(self.sequences) > 1
 
     def tokens(self, layout: ModelLayout) -> int:
-        """On one context parallel rank."""
+        """Count the tokens of one context parallel rank."""
         return self.rows * -(-self.columns // layout.cp)
 
 
@@ -192,7 +192,7 @@ class LossChunks:
 
     @property
     def tokens(self) -> int:
-        """Of a chunk, if there are as many."""
+        """Count the tokens of a chunk, if there are as many."""
         each = 4 * self.rows * self.models * self.sets
         size = max(LEAST_TOKENS, CHUNK_BYTES[self.device] // each)
         return self.chunk_tokens or (

@@ -106,11 +106,9 @@ class Choice:
         two = len(self.lambdas) == 2
         if lam.dtype == torch.bool:
             values = self._at(0, places, lam)
-            return (
-                (torch.where(lam, self._at(-1, places, lam), values), lam)
-                if two
-                else (values, None)
-            )
+            if not two:
+                return values, None
+            return torch.where(lam, self._at(-1, places, lam), values), lam
         if not self.full or self.candidate_lambda is not None:
             return lam.double(), None
         first, last = self._at(0, places, lam), self._at(-1, places, lam)

@@ -38,7 +38,7 @@ def from_logits(task: Task, models: dict[str, Any], overwrite: bool) -> LossResu
             for name, rows in (models | {"student": working}).items()
             if not is_logprobs(rows)
         }
-        # Exponentials may replace logits of their own type; then no row is read twice either.
+        # Exponentials may replace logits of their own type: reading them again is quicker.
         kept = write and working.dtype == shard.dtype and isinstance(objective, Sampled)
         whole = replace(whole_chunk(shard, valid), student_is_scratch=kept)
         if write and len(whole) and not kept and _goes_in_one_pass(task, working):
@@ -88,11 +88,9 @@ def _one_pass(task: Task, whole: Chunk) -> Piece:
 
     @cache  # what is done once a block must not show: views of its columns are made once
     def columns_of(n: int) -> tuple[Columns, Columns]:
-        layout = objective.layout
-        wide = Columns.empty(layout, n, torch.float64, device)
-        return Columns.empty(layout, n, task.shard.dtype, device), Columns(
-            wide.storage[None], layout
-        )
+        columns = Columns.empty(objective.layout, n, task.shard.dtype, device)
+        wide = torch.empty(columns.storage.shape, dtype=torch.float64, device=device)
+        return columns, objective.columns(wide[None])
 
     varied = any(isinstance(lam, Tensor) for lam in objective.lambdas) or bool(objective.logprobs)
     for block in objective.scratch(whole).blocks(len(whole)):
