@@ -39,7 +39,7 @@ class Size:
     steps: int  # of a run; the first is not counted
 
 
-SIZES = {22: Size(32, 7), 32_768: Size(16, 4)}  # by the vocabulary
+SIZES = {22: Size(32, 16), 32_768: Size(16, 4)}  # by the vocabulary; a short run is all warm-up
 
 
 @dataclass(frozen=True)
