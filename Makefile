@@ -142,7 +142,7 @@ test-cluster: vllm launch-env  ## the tests on a real Slurm of this machine's, a
 test-gpu:  ## the tests that need a GPU and vLLM, in an environment of your own [PYTHON=…]
 	SGOPD_TEST_GPU=1 '$(PYTHON)' -m pytest -m gpu tests/gpu --durations=15 --durations-min=1 $(ARGS)
 
-lint: venv  ## style, types, floors and doors
+lint: venv  ## style, types, layers
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy

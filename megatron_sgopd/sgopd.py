@@ -29,7 +29,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_sgopd.phases import teacher_fraction, teacher_slots
+from megatron_sgopd.config.phases import teacher_fraction, teacher_slots
 
 __all__ = ["coefficients", "teacher_fraction", "teacher_slots"]  # what others may rely on
 GROUP_STD_EPS = 1e-6  # docs/method.md, "The gate": a1 = (c - mean) / (std + 1e-6)

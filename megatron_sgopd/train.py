@@ -1,7 +1,7 @@
 """The loop: prompts -> rollouts -> labels -> batch -> step -> weights to the engine, and again.
 
 Every rank runs this file. A replica's first rank talks to the verifier; rank 0 writes the run
-directory. `assemble` puts together what the loop holds.
+directory. `run` puts together what the loop holds.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd import sgopd
-from megatron_sgopd.assemble import Run, assemble
-from megatron_sgopd.checkpoint import save_checkpoint
 from megatron_sgopd.config.evaluation import samples_per_problem
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.evaluate import evaluate, tasks_of
-from megatron_sgopd.failure import failing_together
-from megatron_sgopd.families import hf_shapes
-from megatron_sgopd.hf_weights import iter_hf_weights
-from megatron_sgopd.hf_writer import MARK, README, write_hf_dir
+from megatron_sgopd.distributed.failure import failing_together
+from megatron_sgopd.evaluation.accuracy import summarize, summarize_benchmarks
+from megatron_sgopd.evaluation.ask import evaluate, tasks_of
+from megatron_sgopd.evaluation.samples import write_lines
 from megatron_sgopd.metrics import Clock, peak_memory, progress_bar, reduced_means
-from megatron_sgopd.model_card import mark, model_card
-from megatron_sgopd.pending import to_columns
-from megatron_sgopd.rollout import (
+from megatron_sgopd.model.families import hf_shapes
+from megatron_sgopd.model.hf_writer import MARK, README, write_hf_dir
+from megatron_sgopd.model.model_card import mark, model_card
+from megatron_sgopd.model.weight_stream import iter_hf_weights
+from megatron_sgopd.rollouts.pending import to_columns
+from megatron_sgopd.rollouts.sampler import (
     Batch,
     batch_metrics,
     generate_groups,
     mix_teacher_rollouts,
     solutions_as_rollouts,
 )
-from megatron_sgopd.samples import write_lines
-from megatron_sgopd.statistics import summarize, summarize_benchmarks
-from megatron_sgopd.tie_width import measure_tie_width
-from megatron_sgopd.train_step import train_step
+from megatron_sgopd.run import Run, assemble
+from megatron_sgopd.training.checkpoint import save_checkpoint
+from megatron_sgopd.training.step import train_step
+from megatron_sgopd.training.tie_width import measure_tie_width
+from megatron_sgopd.training.weight_sync import StaleWeights
 from megatron_sgopd.types import EngineLost
 from megatron_sgopd.versions import installed
-from megatron_sgopd.weight_sync import StaleWeights
 
 
 def main(config: Config) -> None:

@@ -80,7 +80,7 @@ class EngineLost(ConnectionError):
 
 
 class Engine(Protocol):
-    """Makes completions; all that calls `stream` runs as a job (`jobs`).
+    """Makes completions; all that calls `stream` runs as a job (`engine_jobs`).
 
     An embedded engine is called by every rank of the replica with the same requests, and the
     completions come on its first rank; an engine behind HTTP is called by the first rank alone.

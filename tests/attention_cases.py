@@ -18,7 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sgopd.attention import SDPAttention
+from megatron_sgopd.model.attention import SDPAttention
 
 NAMES = ("output", "query", "key", "value")
 COLLECTIVES = (

@@ -19,17 +19,17 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_sgopd import conversion_ranks
-from megatron_sgopd.checkpoint import Companions, TrainState, save_checkpoint
-from megatron_sgopd.conversion import ToHf, ToMegatron, job_of_json
-from megatron_sgopd.families import hf_shapes
-from megatron_sgopd.hf_files import StoredWeights, iter_safetensors, read_hf_config
-from megatron_sgopd.hf_weights import iter_hf_weights, join_parts, source_names
-from megatron_sgopd.hf_writer import write_hf_dir
+from megatron_sgopd.distributed.groups import shutdown
 from megatron_sgopd.metrics import Clock
-from megatron_sgopd.model import ShardedModel
-from megatron_sgopd.parallel import shutdown
-from megatron_sgopd.train_step import train_step
+from megatron_sgopd.model import conversion_ranks
+from megatron_sgopd.model.conversion_job import ToHf, ToMegatron, job_of_json
+from megatron_sgopd.model.families import hf_shapes
+from megatron_sgopd.model.gpt import ShardedModel
+from megatron_sgopd.model.hf_reader import StoredWeights, iter_safetensors, read_hf_config
+from megatron_sgopd.model.hf_writer import write_hf_dir
+from megatron_sgopd.model.weight_stream import iter_hf_weights, join_parts, source_names
+from megatron_sgopd.training.checkpoint import Companions, TrainState, save_checkpoint
+from megatron_sgopd.training.step import train_step
 from tests import step_cases
 from tests.layouts import layout
 from tests.memory_cases import status_mb

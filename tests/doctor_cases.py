@@ -13,9 +13,9 @@ from megatron.core.distributed import finalize_model_grads
 
 from megatron_sgopd.config.checks import resolve
 from megatron_sgopd.config.load import load_config
-from megatron_sgopd.doctor import Report, check_parallel
-from megatron_sgopd.packing import MicroBatch
-from megatron_sgopd.parallel import shutdown
+from megatron_sgopd.distributed.groups import shutdown
+from megatron_sgopd.preflight.layout_check import Report, check_parallel
+from megatron_sgopd.training.packing import MicroBatch
 
 
 def check(recipe: str, overrides: Sequence[str], fault: str | None = None) -> Report:

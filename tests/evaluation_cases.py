@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.__main__ import _parse, main
-from megatron_sgopd.samples import Journal, encode
+from megatron_sgopd.evaluation.samples import Journal, encode
 
 SHORT = (  # what a tiny model of 512 positions needs of the paper's protocol
     "rollout.engine=embedded",
@@ -84,9 +84,9 @@ def on_ranks(arguments: Sequence[str]) -> str:
     """`sgopd evaluate` as each of the pool's ranks; its folder's status."""
     import torch.distributed as dist
 
-    from megatron_sgopd import evaluation_job
     from megatron_sgopd.cli.evaluate import config_of
-    from megatron_sgopd.parallel import shutdown
+    from megatron_sgopd.distributed.groups import shutdown
+    from megatron_sgopd.evaluation import job as evaluation_job
 
     config = config_of(_parse(["evaluate", *arguments]), dist.get_world_size())
     try:
@@ -113,7 +113,7 @@ def made_on_ranks(arguments: Sequence[str]) -> list[tuple[str, int]]:
 
 def stopped_on_ranks(arguments: Sequence[str]) -> str:
     """The same in parts of 8 answers, asked to stop by SIGTERM in the first."""
-    from megatron_sgopd import evaluate
+    from megatron_sgopd.evaluation import ask as evaluate
 
     def append(plain: Any, self: Any, row: Any) -> None:
         plain(self, row)
@@ -147,7 +147,7 @@ def complaint(capsys: Any, *arguments: str) -> str:
 
 def die(after: int, arguments: Sequence[str]) -> None:
     """`sgopd evaluate` as a rank that ends by SIGKILL in the middle of writing row `after`."""
-    from megatron_sgopd import evaluate
+    from megatron_sgopd.evaluation import ask as evaluate
 
     plain, rows = Journal.append, [0]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_sgopd.config.schema import ParallelConfig
-from megatron_sgopd.parallel import Groups, initialize, shutdown
+from megatron_sgopd.distributed.groups import Groups, initialize, shutdown
 
 
 @contextmanager

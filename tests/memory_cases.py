@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sgopd.metrics import Clock
-from megatron_sgopd.packing import num_tokens
-from megatron_sgopd.train_step import train_step
+from megatron_sgopd.training.packing import num_tokens
+from megatron_sgopd.training.step import train_step
 from megatron_sgopd.types import Completion, Prompt, Rollout
 from tests.step_cases import StepCase, assemble_parts, groups_of
 from tests.tiny import make_hf_dir

@@ -14,20 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_sgopd.embedded_engine import EmbeddedEngine
-from megatron_sgopd.families import hf_shapes
-from megatron_sgopd.hf_files import iter_safetensors, read_hf_config
-from megatron_sgopd.hf_weights import (
+from megatron_sgopd.distributed.groups import Groups, inner_groups
+from megatron_sgopd.metrics import reduced_means
+from megatron_sgopd.model.families import hf_shapes
+from megatron_sgopd.model.gpt import ShardedModel, build_model
+from megatron_sgopd.model.hf_reader import iter_safetensors, read_hf_config
+from megatron_sgopd.model.hf_writer import write_hf_dir
+from megatron_sgopd.model.weight_stream import (
     hf_names,
     init_random_weights,
     iter_hf_weights,
     load_hf_weights,
     load_stream,
 )
-from megatron_sgopd.hf_writer import write_hf_dir
-from megatron_sgopd.metrics import reduced_means
-from megatron_sgopd.model import ShardedModel, build_model
-from megatron_sgopd.parallel import Groups, inner_groups
+from megatron_sgopd.rollouts.embedded_engine import EmbeddedEngine
 from megatron_sgopd.types import Completion, Request
 from tests.layouts import layout
 

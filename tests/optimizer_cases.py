@@ -11,8 +11,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_sgopd.hf_weights import load_hf_weights
-from megatron_sgopd.parallel import Groups
+from megatron_sgopd.distributed.groups import Groups
+from megatron_sgopd.model.weight_stream import load_hf_weights
 from tests.layouts import layout
 from tests.model_cases import build
 

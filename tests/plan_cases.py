@@ -28,13 +28,14 @@ from megatron_sgopd.config.schema import (
     RolloutConfig,
     StudentConfig,
 )
-from megatron_sgopd.frozen import Frozen
-from megatron_sgopd.hf_files import read_hf_config
-from megatron_sgopd.loss import Objective
-from megatron_sgopd.model import build_model, forward
-from megatron_sgopd.parallel import Groups, inner_groups
-from megatron_sgopd.student import Student, make_student
-from megatron_sgopd.train_step import accumulate_gradients, prepare
+from megatron_sgopd.distributed.groups import Groups, inner_groups
+from megatron_sgopd.model.gpt import build_model
+from megatron_sgopd.model.hf_reader import read_hf_config
+from megatron_sgopd.training.forward import forward
+from megatron_sgopd.training.frozen import Frozen
+from megatron_sgopd.training.objective import Objective
+from megatron_sgopd.training.step import accumulate_gradients, prepare
+from megatron_sgopd.training.student import Student, make_student
 from megatron_sgopd.types import Completion, Prompt, Rollout
 from tests.layouts import layout
 

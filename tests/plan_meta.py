@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_sgopd import megatron_cpu
 from megatron_sgopd.config.schema import ParallelConfig
-from megatron_sgopd.parallel import initialize, shutdown
+from megatron_sgopd.distributed import megatron_cpu
+from megatron_sgopd.distributed.groups import initialize, shutdown
 
 META = torch.device("meta")
 
@@ -28,7 +28,7 @@ def parameter_bytes(case: dict[str, Any]) -> int:
     from megatron.core import parallel_state
     from transformers import Qwen3Config
 
-    from megatron_sgopd.model import build_model
+    from megatron_sgopd.model.gpt import build_model
 
     dist.init_process_group("fake", store=FakeStore(), rank=case["rank"], world_size=case["world"])
     whole = parallel_state.initialize_model_parallel

@@ -30,7 +30,7 @@ def serve(connection: Connection, rank: int, world_size: int, store: str, log: s
     import torch
     import torch.distributed as dist
 
-    from megatron_sgopd import megatron_cpu
+    from megatron_sgopd.distributed import megatron_cpu
 
     torch.set_num_threads(1)
     megatron_cpu.install(torch.device("cpu"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_sgopd.failure import die_with_parent, failing_together
+from megatron_sgopd.distributed.failure import die_with_parent, failing_together
 
 
 def say(line: str) -> None:

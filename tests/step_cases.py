@@ -30,22 +30,27 @@ from megatron_sgopd.config.schema import (
     RolloutConfig,
     StudentConfig,
 )
-from megatron_sgopd.doctor import full_gradients
-from megatron_sgopd.frozen import Frozen
-from megatron_sgopd.hf_weights import iter_hf_weights
-from megatron_sgopd.loss import Objective, outcome_of
+from megatron_sgopd.distributed.groups import Groups
 from megatron_sgopd.metrics import Clock
-from megatron_sgopd.parallel import Groups
-from megatron_sgopd.roles import Vocabulary, load_reference, load_student, load_teacher
-from megatron_sgopd.student import Student, make_student
-from megatron_sgopd.tie_width import measure_tie_width
-from megatron_sgopd.train_step import (
+from megatron_sgopd.model.weight_stream import iter_hf_weights
+from megatron_sgopd.preflight.layout_check import full_gradients
+from megatron_sgopd.training.frozen import Frozen
+from megatron_sgopd.training.load_models import (
+    Vocabulary,
+    load_reference,
+    load_student,
+    load_teacher,
+)
+from megatron_sgopd.training.objective import Objective, outcome_of
+from megatron_sgopd.training.step import (
     accumulate_gradients,
     gather_metrics,
     prepare,
     run_schedule,
     train_step,
 )
+from megatron_sgopd.training.student import Student, make_student
+from megatron_sgopd.training.tie_width import measure_tie_width
 from megatron_sgopd.types import Completion, Prompt, Rollout
 from tests.layouts import layout
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_sgopd.agreement import (
+from megatron_sgopd.config.schema import Config
+from megatron_sgopd.preflight.model_agreement import (
     Described,
     Finding,
     fingerprint,
@@ -20,7 +21,6 @@ from megatron_sgopd.agreement import (
     prompt_findings,
     tokenizer_parts,
 )
-from megatron_sgopd.config.schema import Config
 from tests.model_dirs import CHATML, TEXT_END, THINKING, tokenizer, write_dir
 
 RECIPE = {"rollout.max_prompt_tokens": 128, "rollout.max_new_tokens": 384, "model.dtype": "float32"}

@@ -22,7 +22,7 @@ from megatron_sgopd.bench.plots import plot
 from megatron_sgopd.bench.processes import ChildFailed, isolated, on_ranks
 from megatron_sgopd.bench.variants import Variant, our_variants
 from megatron_sgopd.config.errors import ConfigError
-from megatron_sgopd.vocab_parallel_reference import (
+from megatron_sgopd.vocab_parallel.reference import (
     ReferenceStatistics,
     distillation_loss_reference,
 )

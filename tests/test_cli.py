@@ -12,6 +12,7 @@ from megatron_sgopd.__main__ import main
 from megatron_sgopd.cli.common import rank_environment
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import load_config
+from megatron_sgopd.distributed import torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/demo/sg_opd.yaml"
@@ -118,7 +119,7 @@ def test_config_prints_what_loads_again(tmp_path: Path):
 def test_train_starts_as_many_ranks_as_the_layout_has(monkeypatch: pytest.MonkeyPatch):
     started = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("megatron_sgopd.launch.run_ranks", lambda *a: started.append(a) or 1)
+    monkeypatch.setattr(torchrun, "run_ranks", lambda *a: started.append(a) or 1)
     for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     overrides = ["parallel.data_parallel_size=3", "rollout.num_prompts=9", "logging.run_dir=r/x"]

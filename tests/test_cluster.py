@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_sgopd.__main__ import main
-from megatron_sgopd.cluster import Placement, place
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import load_config
-from megatron_sgopd.failure import record_error
-from megatron_sgopd.node_check import problems
+from megatron_sgopd.distributed.failure import record_error
+from megatron_sgopd.launch.node_check import problems
+from megatron_sgopd.launch.placement import Placement, place
 
 NODES = [f"n{i}" for i in range(1, 9)]
 QWEN, DEMO = "recipes/qwen3_8node.yaml", "recipes/demo/sg_opd.yaml"

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from megatron_sgopd.contamination import BenchmarkProblem, Benchmarks, common_words
-from megatron_sgopd.problem_text import canonical, words
+from megatron_sgopd.data.canonical_text import canonical, words
+from megatron_sgopd.data.contamination import BenchmarkProblem, Benchmarks, common_words
 from tests.set_files import AIME
 
 ENDING = (

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_sgopd.families import hf_shapes
-from megatron_sgopd.hf_files import iter_safetensors, read_hf_config
-from megatron_sgopd.model_card import Origin, mark, model_card
+from megatron_sgopd.model.families import hf_shapes
+from megatron_sgopd.model.hf_reader import iter_safetensors, read_hf_config
+from megatron_sgopd.model.model_card import Origin, mark, model_card
 from tests import conversion_cases
 from tests.conversion_cases import FAMILIES, LAYOUTS, to_hf, to_megatron, weights_of
 from tests.pool import Pool
@@ -228,5 +228,5 @@ def test_megatron_bridge_makes_the_same_parameters(pool: Any, tmp_path: Path) ->
 
 def test_an_export_needs_no_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks may run from a folder (PYTHONPATH, a container with the code mounted)."""
-    monkeypatch.setattr("megatron_sgopd.model_card.installed", lambda package: None)
+    monkeypatch.setattr("megatron_sgopd.model.model_card.installed", lambda package: None)
     assert "not installed" in json.loads(mark(Origin()))["written_by"]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_sgopd.families import family_of
-from megatron_sgopd.hf_files import iter_safetensors
+from megatron_sgopd.model.families import family_of
+from megatron_sgopd.model.hf_reader import iter_safetensors
 from tests import conversion_cases
 from tests.conversion_cases import to_hf, to_megatron, weights_of
 from tests.tiny import tiny_config

@@ -51,7 +51,9 @@ def finished(options: Options, made: Path, monkeypatch: pytest.MonkeyPatch) -> O
     """A demonstration that has run elsewhere and was moved here. It writes no report."""
     shutil.copytree(made, options.out)
     trained(options)
-    monkeypatch.setattr("megatron_sgopd.report.write_report", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        "megatron_sgopd.evaluation.report.write_report", lambda *args, **kwargs: None
+    )
     return options
 
 
@@ -185,11 +187,11 @@ def test_other_worlds_have_their_own_folders(options: Options):
 
 
 def test_source_key_reads_the_trainer_and_not_the_driver(tmp_path: Path):
-    for name in ("train.py", "report.py", "demo/driver.py"):
+    for name in ("train.py", "evaluation/report.py", "demo/driver.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one")
     before = source_key(tmp_path)
-    (tmp_path / "report.py").write_text("two")
+    (tmp_path / "evaluation/report.py").write_text("two")
     (tmp_path / "demo/driver.py").write_text("two")
     assert source_key(tmp_path) == before
     (tmp_path / "train.py").write_text("two")

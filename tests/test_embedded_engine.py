@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PhiConfig
 
-from megatron_sgopd import decoder, embedded_engine
-from megatron_sgopd.embedded_engine import EmbeddedEngine
-from megatron_sgopd.hf_files import iter_safetensors, read_hf_config
-from megatron_sgopd.sampling import TokenSampler
+from megatron_sgopd.model.hf_reader import iter_safetensors, read_hf_config
+from megatron_sgopd.rollouts import embedded_decoder as decoder
+from megatron_sgopd.rollouts import embedded_engine
+from megatron_sgopd.rollouts.embedded_engine import EmbeddedEngine
+from megatron_sgopd.rollouts.embedded_sampling import TokenSampler
 from megatron_sgopd.types import Completion, Request
 from tests import model_cases
 from tests.model_cases import make_engine

@@ -15,13 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sgopd import fingerprint as fingerprints
 from megatron_sgopd.__main__ import _parse, main
 from megatron_sgopd.cli.evaluate import PROTOCOL, config_of
 from megatron_sgopd.config.load import load_config
-from megatron_sgopd.fingerprint import fingerprint
-from megatron_sgopd.samples import Journal, join, journal_path, read_lines, read_samples, settle
-from megatron_sgopd.vllm_server import free_ports
+from megatron_sgopd.evaluation.samples import (
+    Journal,
+    join,
+    journal_path,
+    read_lines,
+    read_samples,
+    settle,
+)
+from megatron_sgopd.model import content_digest as fingerprints
+from megatron_sgopd.model.content_digest import fingerprint
+from megatron_sgopd.rollouts.vllm_servers.server import free_ports
 from tests import evaluation_cases
 from tests.evaluation_cases import SHORT, complaint, judge, make_model, on_ranks, write_sets
 from tests.test_cli import sgopd
@@ -182,7 +189,9 @@ def test_more_samples_and_another_k_build_on_those_that_are_there(
     (made,) = pool(1).run(evaluation_cases.made_on_ranks, more)
     assert [sample for _, sample in made] == [5] * 5
     # No rank is needed for what is there.
-    monkeypatch.setattr("megatron_sgopd.launch.run_ranks", lambda *_, **__: pytest.fail("ranks"))
+    monkeypatch.setattr(
+        "megatron_sgopd.distributed.torchrun.run_ranks", lambda *_, **__: pytest.fail("ranks")
+    )
     assert main(["evaluate", *arguments(models["a"], sets, out, "evaluation.k=5")]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["k"], summary["num_samples"]) == (5, 5)
@@ -241,7 +250,7 @@ def test_one_evaluation_at_a_time_writes_into_a_folder(
     capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megatron_sgopd import evaluation_job
+    from megatron_sgopd.evaluation import job as evaluation_job
 
     monkeypatch.setattr(evaluation_job, "LOCK_PATIENCE_S", 0.0)
     out = tmp_path / "out"

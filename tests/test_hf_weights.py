@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_sgopd.families import hf_shapes
-from megatron_sgopd.hf_files import (
+from megatron_sgopd.model.families import hf_shapes
+from megatron_sgopd.model.hf_reader import (
     INDEX,
     StoredWeights,
     iter_safetensors,
@@ -23,8 +23,8 @@ from megatron_sgopd.hf_files import (
     resolve_hf_dir,
     weight_files,
 )
-from megatron_sgopd.hf_weights import hf_names
-from megatron_sgopd.hf_writer import write_hf_dir
+from megatron_sgopd.model.hf_writer import write_hf_dir
+from megatron_sgopd.model.weight_stream import hf_names
 from tests import model_cases
 from tests.model_cases import digests
 from tests.tiny import make_hf_dir

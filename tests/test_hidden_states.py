@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sgopd.hidden_states import HiddenStates
+from megatron_sgopd.training.hidden_states import HiddenStates
 from tests.layouts import layout
 
 CPU = torch.device("cpu")

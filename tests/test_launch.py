@@ -18,8 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 90.0  # for a start on a busy machine; what is promised to be quick is measured
 PROGRAM = (
-    "import sys; from pathlib import Path; from megatron_sgopd.launch import run_ranks; "
-    "from megatron_sgopd.failure import die_with_parent; die_with_parent(); "
+    "import sys; from pathlib import Path; "
+    "from megatron_sgopd.distributed.torchrun import run_ranks; "
+    "from megatron_sgopd.distributed.failure import die_with_parent; die_with_parent(); "
     "run_dir = Path(sys.argv[1]); "
     "sys.exit(run_ranks(int(sys.argv[3]), [str(run_dir), sys.argv[2]], run_dir,"
     " module='tests.rank_program'))"

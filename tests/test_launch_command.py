@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sgopd.__main__ import main
 from megatron_sgopd.config.errors import ConfigError
-from megatron_sgopd.experiment import (
+from megatron_sgopd.launch.submission import (
     Executor,
     batch_commands,
     changed,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_sgopd import sgopd
 from megatron_sgopd.vocab_parallel import LossResult, distillation_loss, sampled_logprobs
-from megatron_sgopd.vocab_parallel_reference import distillation_loss_reference
+from megatron_sgopd.vocab_parallel.reference import distillation_loss_reference
 from tests import vocab_cases
 
 T, V = 23, 41

@@ -18,7 +18,7 @@ from tests.tiny import make_hf_dir
 # What the stubs replace, as (module, attribute).
 CALLS = """
 import json, torch
-from megatron_sgopd import megatron_cpu
+from megatron_sgopd.distributed import megatron_cpu
 
 def now():
     names = [n for n in dir(torch.cuda) if callable(getattr(torch.cuda, n))]
@@ -136,7 +136,8 @@ import json, os, sys
 path, out, repaired = sys.argv[1], sys.argv[2], sys.argv[3] == "repaired"
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", SGOPD_DEVICE="cpu")
 import torch, torch.distributed as dist
-from megatron_sgopd import megatron_adam, megatron_cpu
+from megatron_sgopd.distributed import megatron_adam
+from megatron_sgopd.distributed import megatron_cpu
 megatron_cpu.install(torch.device("cpu"))
 if not repaired:
     megatron_adam.install = lambda: None  # parallel.initialize calls it

@@ -13,10 +13,18 @@ import pytest
 import torch
 
 from megatron_sgopd.__main__ import main
-from megatron_sgopd.numerics import adapter, bounds, checks, inputs, loss_checks, problem, rank
-from megatron_sgopd.numerics import ranks as processes
-from megatron_sgopd.numerics.cases import ALL, Case, Rows, cases_of
-from megatron_sgopd.numerics.outcome import Reading, Result, merge
+from megatron_sgopd.preflight.numerics import (
+    adapter,
+    bounds,
+    checks,
+    inputs,
+    loss_checks,
+    problem,
+    rank,
+)
+from megatron_sgopd.preflight.numerics import ranks as processes
+from megatron_sgopd.preflight.numerics.cases import ALL, Case, Rows, cases_of
+from megatron_sgopd.preflight.numerics.outcome import Reading, Result, merge
 
 ROOT = Path(__file__).resolve().parent.parent
 PADDED = {
@@ -318,7 +326,7 @@ class NeedsMore:
         ("tests.wrong_losses:nothing", "tests.wrong_losses has no 'nothing'"),
         ("tests.wrong_losses:Correct.dtype", "neither a function nor an object with one of"),
         ("tests.test_numerics:NeedsMore", "needs a_module_that_is_not_there, not installed here"),
-        ("megatron_sgopd.numerics.peers:trl", "needs trl, not installed here"),
+        ("megatron_sgopd.preflight.numerics.peers:trl", "needs trl, not installed here"),
     ],
 )
 def test_what_cannot_be_tried_is_one_line(
@@ -331,8 +339,9 @@ def test_what_cannot_be_tried_is_one_line(
 
 
 def test_others_losses_are_named_and_their_groups_known() -> None:
-    from megatron_sgopd.numerics import peers
+    from megatron_sgopd.preflight.numerics import peers
 
     assert peers.trl.worlds == (1,)
-    found = adapter.load("megatron_sgopd.numerics.peers:megatron")  # megatron-core is a requirement
+    # megatron-core is a requirement
+    found = adapter.load("megatron_sgopd.preflight.numerics.peers:megatron")
     assert (set(found.functions), found.worlds) == ({"nll"}, adapter.WORLDS)

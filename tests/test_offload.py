@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sgopd.offload import Shelf
+from megatron_sgopd.training.offload import Shelf
 
 CPU = torch.device("cpu")
 SIZE = 1000
@@ -188,7 +188,7 @@ def test_what_torch_cannot_free_is_refused_before_anything_is_freed(make: object
 
 MEASURE = """
 import sys, torch
-from megatron_sgopd.offload import Shelf
+from megatron_sgopd.training.offload import Shelf
 def mb(key):
     return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024 / 1e6
 count = int(sys.argv[1])

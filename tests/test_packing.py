@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sgopd import packing
-from megatron_sgopd.packing import (
+from megatron_sgopd.training import packing
+from megatron_sgopd.training.packing import (
     MicroBatch,
     balanced_bins,
     balanced_shares,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sgopd.parallel import gpu_name, pick_device
+from megatron_sgopd.distributed.groups import gpu_name, pick_device
 
 
 def seen(

@@ -17,17 +17,17 @@ import pytest
 from megatron_sgopd.config.checks import needs_reference, needs_teacher
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import load_config
-from megatron_sgopd.plan.activations import Shape, largest_shape
-from megatron_sgopd.plan.architecture import ModelLayout, of_config
-from megatron_sgopd.plan.duration import forward_flops
-from megatron_sgopd.plan.engines import cache_bytes_per_token
-from megatron_sgopd.plan.hardware import GIB, GPUS
-from megatron_sgopd.plan.job import Cluster
-from megatron_sgopd.plan.known_models import KNOWN, known_name
-from megatron_sgopd.plan.memory import in_flight
-from megatron_sgopd.plan.planner import Plan, make_plan
-from megatron_sgopd.plan.remedies import with_values
-from megatron_sgopd.plan.report import as_json, lines, settings
+from megatron_sgopd.preflight.plan.activations import Shape, largest_shape
+from megatron_sgopd.preflight.plan.architecture import ModelLayout, of_config
+from megatron_sgopd.preflight.plan.duration import forward_flops
+from megatron_sgopd.preflight.plan.engines import cache_bytes_per_token
+from megatron_sgopd.preflight.plan.hardware import GIB, GPUS
+from megatron_sgopd.preflight.plan.job import Cluster
+from megatron_sgopd.preflight.plan.known_models import KNOWN, known_name
+from megatron_sgopd.preflight.plan.memory import in_flight
+from megatron_sgopd.preflight.plan.planner import Plan, make_plan
+from megatron_sgopd.preflight.plan.remedies import with_values
+from megatron_sgopd.preflight.plan.report import as_json, lines, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = str(ROOT / "recipes/qwen3_1p7b_from_4b.yaml")
@@ -344,7 +344,7 @@ def test_a_mixture_is_answered_and_marked() -> None:
     ],
 )
 def test_which_models_a_method_reads(overrides: list[str]) -> None:
-    from megatron_sgopd.loss import Objective
+    from megatron_sgopd.training.objective import Objective
 
     config = load_config(RECIPE, overrides)
     objective = Objective.of(config, 0.0)

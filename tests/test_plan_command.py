@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sgopd.plan.job import Cluster
-from megatron_sgopd.plan.report import as_json, lines
+from megatron_sgopd.preflight.plan.job import Cluster
+from megatron_sgopd.preflight.plan.report import as_json, lines
 from tests.test_plan import EIGHT, OWN, RECIPE, ROOT, plan_of
 
 PROBE = (

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sgopd.plan import activations
-from megatron_sgopd.plan.duration import forward_flops
-from megatron_sgopd.plan.hardware import GPUS
-from megatron_sgopd.plan.job import WHOLE_BATCH, Cluster
+from megatron_sgopd.preflight.plan import activations
+from megatron_sgopd.preflight.plan.duration import forward_flops
+from megatron_sgopd.preflight.plan.hardware import GPUS
+from megatron_sgopd.preflight.plan.job import WHOLE_BATCH, Cluster
 from megatron_sgopd.sgopd import METHODS
 from megatron_sgopd.vocab_parallel import blocks, projection
 from tests.test_plan import LARGE, plan_of
@@ -49,7 +49,7 @@ def test_products_with_heads_worked_by_hand(
     once. What does not change with the utilisation is no product.
     """
     if whole_batch:
-        monkeypatch.setattr("megatron_sgopd.plan.job.WHOLE_BATCH", frozenset({"sg_opd"}))
+        monkeypatch.setattr("megatron_sgopd.preflight.plan.job.WHOLE_BATCH", frozenset({"sg_opd"}))
     overrides = (
         *(f"distill.estimator={estimator}", "rollout.tis=none"),
         "parallel.recompute_granularity=none",

@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 
 from megatron_sgopd.config.errors import ConfigError
-from megatron_sgopd.plan.activations import Arithmetic, chunk_bytes, end_bytes, largest_shape
-from megatron_sgopd.plan.architecture import ModelLayout
-from megatron_sgopd.plan.hardware import GPUS
-from megatron_sgopd.plan.job import Cluster, Job, make_job
-from megatron_sgopd.plan.known_models import KNOWN, find_architecture
-from megatron_sgopd.plan.memory import RankMemory, memory_of
+from megatron_sgopd.preflight.plan.activations import (
+    Arithmetic,
+    chunk_bytes,
+    end_bytes,
+    largest_shape,
+)
+from megatron_sgopd.preflight.plan.architecture import ModelLayout
+from megatron_sgopd.preflight.plan.hardware import GPUS
+from megatron_sgopd.preflight.plan.job import Cluster, Job, make_job
+from megatron_sgopd.preflight.plan.known_models import KNOWN, find_architecture
+from megatron_sgopd.preflight.plan.memory import RankMemory, memory_of
 from tests import plan_cases
 from tests.plan_cases import PlanCase
 from tests.tiny import make_hf_dir

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sgopd.config.schema import DataConfig
-from megatron_sgopd.prompts import Problem, load_problems, render
+from megatron_sgopd.data.problems import Problem, load_problems, render
 from tests.set_files import (
     AIME,
     TOOL,

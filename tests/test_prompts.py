@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sgopd.config.schema import DataConfig
-from megatron_sgopd.prompts import (
+from megatron_sgopd.data.problems import (
     Problem,
     PromptStream,
     load_problems,

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sgopd.demo.world import WorldSizes, write_world
-from megatron_sgopd.report import read_run, write_report
-from megatron_sgopd.report_figures import PANELS, draw
-from megatron_sgopd.statistics import paired_difference, summarize
+from megatron_sgopd.evaluation.accuracy import paired_difference, summarize
+from megatron_sgopd.evaluation.report import read_run, write_report
+from megatron_sgopd.evaluation.report_figures import PANELS, draw
 from tests.fake_trainer import write_run
 
 VOID = {"meta", "br", "path", "use", "image", "rect", "img", "link", "hr"}

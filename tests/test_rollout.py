@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from megatron_sgopd.config.schema import Config, DistillConfig, PhasesConfig, RolloutConfig
-from megatron_sgopd.rollout import (
+from megatron_sgopd.rollouts.sampler import (
     Sampler,
     batch_metrics,
     generate_groups,
@@ -65,7 +65,7 @@ class AloneGroups:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sgopd.rollout.broadcast_object", lambda obj, groups: obj)
+    monkeypatch.setattr("megatron_sgopd.rollouts.sampler.broadcast_object", lambda obj, groups: obj)
 
 
 def sampler(n: int = 2, **phases: object) -> Sampler:

@@ -15,9 +15,9 @@ import httpx2
 import pytest
 import torch
 
+from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
+from megatron_sgopd.rollouts.vllm_servers.engine import Remote, VllmEngine
 from megatron_sgopd.types import EngineLost
-from megatron_sgopd.vllm_client import VllmClient
-from megatron_sgopd.vllm_engine import Remote, VllmEngine
 from tests.layouts import layout
 
 KEEP = (

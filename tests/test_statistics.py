@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from megatron_sgopd.statistics import (
+from megatron_sgopd.evaluation.accuracy import (
     avg_at_k,
     bootstrap_ci95,
     greedy_accuracy,
@@ -105,7 +105,7 @@ def test_bootstrap_agrees_with_the_normal_interval_of_a_large_sample():
 def test_bootstrap_in_slices_draws_what_one_slice_draws(monkeypatch: pytest.MonkeyPatch):
     values = np.random.default_rng(0).random(50)
     whole = bootstrap_ci95(values, bootstrap_samples=300)
-    monkeypatch.setattr("megatron_sgopd.statistics._CHUNK", 1000)
+    monkeypatch.setattr("megatron_sgopd.evaluation.accuracy._CHUNK", 1000)
     assert bootstrap_ci95(values, bootstrap_samples=300) == whole
 
 
@@ -147,7 +147,7 @@ def test_pairing_takes_the_problems_difficulty_out():
     [((0.01, 0.2), True), ((-0.2, -0.01), True), ((-0.01, 0.2), False), ((0.0, 0.2), False)],
 )
 def test_separated_leaves_zero_out(ci95: tuple[float, float], separated: bool):
-    from megatron_sgopd.statistics import Difference
+    from megatron_sgopd.evaluation.accuracy import Difference
 
     assert Difference(0.1, ci95).separated is separated
 

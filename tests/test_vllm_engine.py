@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_sgopd.config.errors import ConfigError
-from megatron_sgopd.engines import url_from_here
+from megatron_sgopd.rollouts.make_engine import url_from_here
+from megatron_sgopd.rollouts.vllm_servers.client import EngineDown
+from megatron_sgopd.rollouts.vllm_servers.engine import Remote, VllmEngine
+from megatron_sgopd.rollouts.vllm_servers.weight_sender import WeightSender
 from megatron_sgopd.types import EngineLost
-from megatron_sgopd.vllm_client import EngineDown
-from megatron_sgopd.vllm_engine import Remote, VllmEngine
-from megatron_sgopd.weight_sender import WeightSender
 from tests.layouts import layout
 
 

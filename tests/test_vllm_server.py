@@ -22,17 +22,17 @@ import torch
 from megatron_sgopd import versions
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import VllmConfig
-from megatron_sgopd.jobs import OnFirstRank
-from megatron_sgopd.types import EngineLost
-from megatron_sgopd.vllm_engine import Remote, VllmEngine
-from megatron_sgopd.vllm_server import (
+from megatron_sgopd.rollouts.engine_jobs import OnFirstRank
+from megatron_sgopd.rollouts.vllm_servers.engine import Remote, VllmEngine
+from megatron_sgopd.rollouts.vllm_servers.server import (
     VllmServer,
     check_port,
     check_version,
     installed_version,
     make_specs,
 )
-from megatron_sgopd.weight_buckets import Entry, buckets, size_of, view
+from megatron_sgopd.rollouts.vllm_servers.weight_buckets import Entry, buckets, size_of, view
+from megatron_sgopd.types import EngineLost
 from tests.layouts import layout
 
 FAMILY = """
@@ -60,7 +60,7 @@ def supervised() -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """A supervisor of a program with a child, and that family."""
     command = [sys.executable, "-c", FAMILY]
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_sgopd.vllm_server", *command],
+        [sys.executable, "-m", "megatron_sgopd.rollouts.vllm_servers.server", *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

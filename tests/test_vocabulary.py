@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sgopd.hf_files import read_hf_config
+from megatron_sgopd.model.hf_reader import read_hf_config
+from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
 from megatron_sgopd.types import Request
-from megatron_sgopd.vllm_client import VllmClient
 from tests import model_cases, step_cases
 from tests.step_cases import StepCase
 from tests.tiny import make_hf_dir

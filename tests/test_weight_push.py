@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sgopd.hf_weights import iter_hf_weights, load_hf_weights
-from megatron_sgopd.vllm_engine import Remote, VllmEngine
-from megatron_sgopd.weight_sender import WeightSender
+from megatron_sgopd.model.weight_stream import iter_hf_weights, load_hf_weights
+from megatron_sgopd.rollouts.vllm_servers.engine import Remote, VllmEngine
+from megatron_sgopd.rollouts.vllm_servers.weight_sender import WeightSender
 from tests import tiny
 from tests.layouts import layout
 from tests.model_cases import build

@@ -12,13 +12,13 @@ from typing import Any
 import torch.distributed as dist
 
 import megatron_sgopd.train as trainer
-from megatron_sgopd.assemble import Run
 from megatron_sgopd.config.checks import resolve
 from megatron_sgopd.config.load import load_config
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.parallel import shutdown
+from megatron_sgopd.distributed.groups import shutdown
+from megatron_sgopd.run import Run
+from megatron_sgopd.training.weight_sync import StaleWeights
 from megatron_sgopd.types import EngineLost
-from megatron_sgopd.weight_sync import StaleWeights
 
 
 class PlannedFault(RuntimeError):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_sgopd import sgopd
 from megatron_sgopd.vocab_parallel import distillation_loss, sampled_logprobs
-from megatron_sgopd.vocab_parallel_reference import distillation_loss_reference
+from megatron_sgopd.vocab_parallel.reference import distillation_loss_reference
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 COLLECTIVES = ("all_reduce", GATHER, "all_gather", "broadcast", "reduce_scatter")

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from megatron_sgopd.cli.conversion import run
-    from megatron_sgopd.conversion import ToHf
+    from megatron_sgopd.model.conversion_job import ToHf
 
     return run(
         lambda: ToHf(

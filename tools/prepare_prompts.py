@@ -22,9 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sgopd.contamination import MIN_OVERLAP, NGRAM_WORDS
-from megatron_sgopd.prepare import MAX_PROBLEM_CHARS, Job, Prepared, outputs, prepare, write
-from megatron_sgopd.prompt_sets import SETS, PromptSet
+from megatron_sgopd.data.contamination import MIN_OVERLAP, NGRAM_WORDS
+from megatron_sgopd.data.known_sets import SETS, PromptSet
+from megatron_sgopd.data.prepare import MAX_PROBLEM_CHARS, Job, Prepared, outputs, prepare, write
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

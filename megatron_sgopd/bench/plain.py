@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_sgopd import sgopd
 from megatron_sgopd.bench.cases import JSD_BETA, LAMBDA_HIGH, Case
 from megatron_sgopd.bench.inputs import Batch
-from megatron_sgopd.collectives import all_gather
+from megatron_sgopd.distributed.collectives import all_gather
 from megatron_sgopd.vocab_parallel import Rows
 
 Objective = Callable[[Tensor, Batch], Tensor]  # student logits [T, V], and the rest -> scalar

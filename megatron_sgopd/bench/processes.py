@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sgopd.failure import die_with_parent
+from megatron_sgopd.distributed.failure import die_with_parent
 
 TIMEOUT = timedelta(minutes=5)  # of a collective whose other rank has failed
 

@@ -35,7 +35,7 @@ from megatron_sgopd.bench.job import Job
 from megatron_sgopd.bench.machine import Rates, measure_rates
 from megatron_sgopd.bench.processes import ChildFailed, isolated, join_group, on_ranks
 from megatron_sgopd.bench.variants import Variant, our_variants, plain_variants
-from megatron_sgopd.failure import die_with_parent
+from megatron_sgopd.distributed.failure import die_with_parent
 
 Task = Callable[[Batch], Any]
 ALL = "all variants together"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from megatron_sgopd.cli.common import Commands, add_command, add_recipe
 from megatron_sgopd.cli.train import is_finished
-from megatron_sgopd.cluster import Placement, place
 from megatron_sgopd.config.load import load_config
+from megatron_sgopd.launch.placement import Placement, place
 
 
 def add(commands: Commands) -> None:
@@ -62,7 +62,7 @@ def show_placement(arguments: argparse.Namespace) -> int:
 
 def preflight(arguments: argparse.Namespace) -> int:
     """NODE: PROBLEM; … or NODE: ok; then what its clock says."""
-    from megatron_sgopd.node_check import problems
+    from megatron_sgopd.launch.node_check import problems
 
     found = list(
         problems(_placement(arguments), arguments.node, arguments.token, on_gpus=_on_gpus())
@@ -73,7 +73,7 @@ def preflight(arguments: argparse.Namespace) -> int:
 
 def account(arguments: argparse.Namespace) -> int:
     """Exit code 2: a mistake in the recipe, which another try would meet again."""
-    from megatron_sgopd.failure import account, first_error
+    from megatron_sgopd.distributed.failure import account, first_error
 
     record = first_error(arguments.run_dir)
     if record is None or record["echo"]:
@@ -85,8 +85,8 @@ def account(arguments: argparse.Namespace) -> int:
 
 def table(arguments: argparse.Namespace) -> int:
     """Exit code 1: some are missing."""
-    from megatron_sgopd import evaluation_table
-    from megatron_sgopd.evaluation_table import SUMMARY
+    from megatron_sgopd.evaluation import tables as evaluation_table
+    from megatron_sgopd.evaluation.tables import SUMMARY
 
     rows = evaluation_table.read(arguments.out)
     text = evaluation_table.table(rows)

@@ -56,14 +56,14 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
 @contextmanager
 def as_rank(folder: Path) -> Iterator[None]:
     """Around all that a rank does; a failing import is a failure too. Errors go into `folder`."""
-    from megatron_sgopd.failure import die_with_parent, failing_together
+    from megatron_sgopd.distributed.failure import die_with_parent, failing_together
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed takes its ranks with it
         die_with_parent()
     # Megatron wants kernels of one device queued in order where TP overlaps with compute.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with failing_together(folder, int(os.environ["RANK"])):
-        from megatron_sgopd.megatron_cpu import quiet
+        from megatron_sgopd.distributed.megatron_cpu import quiet
 
         quiet()  # before anything imports Megatron
         yield

@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Exit code 0: compared; 2: they cannot be."""
-    from megatron_sgopd import scores
+    from megatron_sgopd.evaluation import folder as scores
 
     try:
         found = scores.compare(arguments.first, arguments.second)

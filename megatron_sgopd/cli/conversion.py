@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_sgopd.cli.common import as_rank
 
 if TYPE_CHECKING:
-    from megatron_sgopd.conversion import ToHf, ToMegatron
+    from megatron_sgopd.model.conversion_job import ToHf, ToMegatron
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,8 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
 
 def run(make_job: Callable[[], ToMegatron | ToHf]) -> int:
     """Checks the job and does it; the exit code. Errors are one line, with what to do."""
-    from megatron_sgopd.folders import begin_folder, discard_folder
-    from megatron_sgopd.launch import run_ranks
+    from megatron_sgopd.atomic_files import begin_folder, discard_folder
+    from megatron_sgopd.distributed.torchrun import run_ranks
 
     try:
         job = make_job()
@@ -66,8 +66,8 @@ def run(make_job: Callable[[], ToMegatron | ToHf]) -> int:
 
 def rank(folder: str, text: str) -> None:
     with as_rank(Path(folder)):
-        from megatron_sgopd.conversion import job_of_json
-        from megatron_sgopd.conversion_ranks import convert
+        from megatron_sgopd.model.conversion_job import job_of_json
+        from megatron_sgopd.model.conversion_ranks import convert
 
         convert(job_of_json(text))
 

@@ -53,7 +53,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def _check_recipe(config: Config) -> int:
-    from megatron_sgopd.preflight import check_recipe
+    from megatron_sgopd.preflight.recipe_check import check_recipe
 
     findings = check_recipe(config)
     for finding in findings:
@@ -68,7 +68,7 @@ def _check_recipe(config: Config) -> int:
 
 
 def _start_ranks(resolved: Config, arguments: argparse.Namespace) -> int:
-    from megatron_sgopd.launch import run_ranks
+    from megatron_sgopd.distributed.torchrun import run_ranks
 
     # Replicas differ in their data alone: two of them show what any number would.
     replicas = resolved.parallel.data_parallel_size or 1
@@ -90,7 +90,7 @@ def _start_ranks(resolved: Config, arguments: argparse.Namespace) -> int:
 def _check_on_rank(config: Config, result: str | None) -> int:
     """With `result` the verdict goes into that file, and the rank itself ends well."""
     with as_rank(Path(result).parent if result else Path(tempfile.gettempdir())):
-        from megatron_sgopd.doctor import check_parallel
+        from megatron_sgopd.preflight.layout_check import check_parallel
 
         report = check_parallel(config)
     if os.environ["RANK"] == "0":

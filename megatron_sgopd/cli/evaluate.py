@@ -51,8 +51,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         os.environ.update(place)
         return _run_rank(config_of(arguments, int(place["WORLD_SIZE"])))
     config = config_of(arguments)
-    from megatron_sgopd.evaluation_job import prepare, score_again
-    from megatron_sgopd.launch import run_ranks
+    from megatron_sgopd.distributed.torchrun import run_ranks
+    from megatron_sgopd.evaluation.job import prepare, score_again
 
     try:
         plan = prepare(config)
@@ -121,7 +121,7 @@ def _again(arguments: argparse.Namespace) -> list[str]:
 
 def _run_rank(config: Config) -> int:
     with as_rank(Path(config.logging.run_dir or "")):
-        from megatron_sgopd.evaluation_job import main
+        from megatron_sgopd.evaluation.job import main
 
         main(config)
     return 0

@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
 
 def show_all(arguments: argparse.Namespace) -> int:
     with_nemo_run()
-    from megatron_sgopd.nemo.experiments import experiments
+    from megatron_sgopd.launch.nemo.experiments import experiments
 
     print("\n".join(experiments()) or "no experiments (NEMORUN_HOME, else ~/.nemo_run)")
     return 0
@@ -32,7 +32,7 @@ def show_all(arguments: argparse.Namespace) -> int:
 
 def show_status(arguments: argparse.Namespace) -> int:
     with_nemo_run()
-    from megatron_sgopd.nemo.experiments import status
+    from megatron_sgopd.launch.nemo.experiments import status
 
     print("\n".join(status(arguments.experiment)))
     return 0
@@ -40,7 +40,7 @@ def show_status(arguments: argparse.Namespace) -> int:
 
 def show_logs(arguments: argparse.Namespace) -> int:
     with_nemo_run()
-    from megatron_sgopd.nemo.experiments import logs
+    from megatron_sgopd.launch.nemo.experiments import logs
 
     print("\n".join(logs(arguments.experiment, arguments.one)))
     return 0

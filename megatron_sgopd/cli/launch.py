@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_sgopd.cli.common import Commands, add_command, add_recipe
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import load_config
-from megatron_sgopd.experiment import (
+from megatron_sgopd.launch.submission import (
     Executor,
     changed,
     check,
@@ -76,7 +76,7 @@ def launch(arguments: argparse.Namespace) -> int:
             f"--experiment is {title!r}; letters, digits and . _ + - only: it names a folder"
         )
     with_nemo_run()
-    from megatron_sgopd.nemo.experiments import build, dry_run, submit
+    from megatron_sgopd.launch.nemo.experiments import build, dry_run, submit
 
     if arguments.dry_run:
         print(dry_run(title, runs, build(executor, root), root), end="")

@@ -21,7 +21,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--function",
         metavar="MODULE:NAME",
         help="with --numerics: whose loss; this package's own by default, others' are in "
-        "megatron_sgopd.numerics.peers",
+        "megatron_sgopd.preflight.numerics.peers",
     )
     command.add_argument(
         "--world", metavar="N,N", help="with --numerics: how many ranks; the default is 1,2,4"
@@ -33,8 +33,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def check_numerics(arguments: argparse.Namespace) -> int:
     """Exit code 0: all cases passed; 1: one failed; 2: the function cannot be tried."""
-    from megatron_sgopd.numerics.adapter import OURS, WORLDS, check_name, load
-    from megatron_sgopd.numerics.suite import as_json, run_suite, table, verdict
+    from megatron_sgopd.preflight.numerics.adapter import OURS, WORLDS, check_name, load
+    from megatron_sgopd.preflight.numerics.suite import as_json, run_suite, table, verdict
 
     if arguments.recipe is not None:
         raise ConfigError(f"doctor --numerics takes no recipe; got {arguments.recipe}")
@@ -68,7 +68,7 @@ def refuse_elsewhere(arguments: argparse.Namespace) -> None:
 
 
 def _worlds(text: str | None) -> list[int]:
-    from megatron_sgopd.numerics.adapter import WORLDS
+    from megatron_sgopd.preflight.numerics.adapter import WORLDS
 
     if text is None:
         return [1, 2, 4]

@@ -12,10 +12,10 @@ from pathlib import Path
 from megatron_sgopd.cli.common import Commands, add_command, add_recipe
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import load_config
-from megatron_sgopd.plan.hardware import DEFAULT_GPU, GIB, GPUS, Assumptions, Gpu
-from megatron_sgopd.plan.job import Cluster
-from megatron_sgopd.plan.planner import make_plan
-from megatron_sgopd.plan.report import as_json, lines
+from megatron_sgopd.preflight.plan.hardware import DEFAULT_GPU, GIB, GPUS, Assumptions, Gpu
+from megatron_sgopd.preflight.plan.job import Cluster
+from megatron_sgopd.preflight.plan.planner import make_plan
+from megatron_sgopd.preflight.plan.report import as_json, lines
 
 ASSUMPTIONS = [field.name for field in fields(Assumptions)]
 

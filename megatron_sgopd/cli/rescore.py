@@ -36,8 +36,8 @@ def rescore(arguments: argparse.Namespace) -> int:
     out = arguments.out or folder / "rescored" / config.verifier.name
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out {out} is the evaluation itself: choose another folder")
-    from megatron_sgopd.rescoring import rescore_folder
-    from megatron_sgopd.scores import table
+    from megatron_sgopd.evaluation.folder import table
+    from megatron_sgopd.evaluation.rescore import rescore_folder
 
     try:
         summary = rescore_folder(folder, out, config)

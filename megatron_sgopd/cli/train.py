@@ -26,7 +26,7 @@ def train(arguments: argparse.Namespace) -> int:
         os.environ.update(place)
         return _run_rank(resolve(config, int(place["WORLD_SIZE"])))
     resolved = resolve(config)
-    from megatron_sgopd.launch import run_ranks
+    from megatron_sgopd.distributed.torchrun import run_ranks
 
     run_dir = Path(resolved.logging.run_dir or "")
     if is_finished(resolved, run_dir):

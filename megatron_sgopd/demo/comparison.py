@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.demo.arms import BASELINE, LIFT_BAR
-from megatron_sgopd.statistics import Difference, Record, paired_difference, summarize
+from megatron_sgopd.evaluation.accuracy import Difference, Record, paired_difference, summarize
 
 QUICK_VERDICT = "Quick form: a few steps on a few problems, which make no claim on accuracy."
 

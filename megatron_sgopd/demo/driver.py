@@ -200,7 +200,7 @@ def train(options: Options, plan: Training, progress: Progress) -> None:
 
 def conclude(options: Options, progress: Progress) -> dict[str, Any]:
     """Comparison, summary.json, report.html, and the table on the screen."""
-    from megatron_sgopd.report import write_report
+    from megatron_sgopd.evaluation.report import write_report
 
     progress.heading("comparison on the test problems")
     home, names = options.home, ["student", "teacher", *options.arms]

@@ -18,7 +18,7 @@ MARKER = "phase.json"
 _LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers", "numpy", "math-verify")
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Not part of a run: the demonstration's own driver, and the page made from finished runs.
-_BESIDE_THE_RUNS = ("demo", "report.py", "report_figures.py")
+_BESIDE_THE_RUNS = ("demo", "evaluation/report.py", "evaluation/report_figures.py")
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -31,7 +31,7 @@ def source_key(package: Path = _PACKAGE) -> str:
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         relative = path.relative_to(package)
-        if relative.parts[0] not in _BESIDE_THE_RUNS:
+        if not any(relative.is_relative_to(beside) for beside in _BESIDE_THE_RUNS):
             digest.update(f"{relative}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sgopd.collectives import all_gather, start_all_gather
+from megatron_sgopd.distributed.collectives import all_gather, start_all_gather
 
 # A model's rows: logits [T, V], or (hidden [T, D], LM-head shard [V, D]), projected in chunks.
 Rows = Tensor | tuple[Tensor, Tensor]

@@ -9,8 +9,13 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from megatron_sgopd.weight_buckets import buckets, view
-from megatron_sgopd.weight_wire import Receiver, broadcast, export_handle, make_group
+from megatron_sgopd.rollouts.vllm_servers.weight_buckets import buckets, view
+from megatron_sgopd.rollouts.vllm_servers.weight_wire import (
+    Receiver,
+    broadcast,
+    export_handle,
+    make_group,
+)
 
 GPU = torch.device("cuda", 0)
 

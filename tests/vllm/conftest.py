@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sgopd.config.schema import VllmConfig
-from megatron_sgopd.vllm_server import VllmServer, installed_version, make_specs
+from megatron_sgopd.rollouts.vllm_servers.server import VllmServer, installed_version, make_specs
 from tests import tiny
 
 KEY = "the-tests-own-key"
@@ -35,7 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     (spec,) = make_specs(vllm, model, "student", folder, on_gpu=False, key=KEY)
     server = VllmServer(spec)
     server.start()
-    from megatron_sgopd.vllm_client import VllmClient
+    from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
 
     server.wait_ready(VllmClient(spec.url, KEY).is_ready)
     yield Served(spec.url, KEY, model, spec.log)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sgopd.rollouts.vllm_servers.client import EngineDown, EngineRefused, VllmClient
+from megatron_sgopd.training.weight_sync import BOUNDS
 from megatron_sgopd.types import Request
-from megatron_sgopd.vllm_client import EngineDown, EngineRefused, VllmClient
-from megatron_sgopd.weight_sync import BOUNDS
 from tests.vllm import vllm_cases
 from tests.vllm.conftest import Served
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_sgopd.samples import read_samples
+from megatron_sgopd.evaluation.samples import read_samples
 from tests.evaluation_cases import SHORT, make_model, on_ranks, write_sets
 
 

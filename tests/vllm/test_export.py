@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.config.schema import VllmConfig
-from megatron_sgopd.hf_files import read_hf_config
+from megatron_sgopd.model.hf_reader import read_hf_config
+from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
+from megatron_sgopd.rollouts.vllm_servers.server import VllmServer, make_specs
 from megatron_sgopd.types import Request
-from megatron_sgopd.vllm_client import VllmClient
-from megatron_sgopd.vllm_server import VllmServer, make_specs
 from tests import conversion_cases, model_cases, tiny
 from tests.vllm.conftest import KEY
 

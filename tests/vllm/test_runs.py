@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_sgopd.vllm_client import VllmClient
-from megatron_sgopd.vllm_server import free_ports
+from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
+from megatron_sgopd.rollouts.vllm_servers.server import free_ports
 from tests.train_cases import metrics_without_time
 
 PATIENCE_S = 200.0
@@ -54,7 +54,7 @@ def servers(model: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        between = "megatron_sgopd.vllm_server" in line  # what sees to the server
+        between = "megatron_sgopd.rollouts.vllm_servers.server" in line  # what sees to the server
         if not between and "vllm.entrypoints.openai.api_server" in line and str(model) in line:
             found.append(process)
     return found

@@ -31,16 +31,16 @@ from megatron_sgopd.config.schema import (
     TeacherServersConfig,
     VllmConfig,
 )
-from megatron_sgopd.engines import make_engine
-from megatron_sgopd.hf_files import read_hf_config
-from megatron_sgopd.hf_weights import iter_hf_weights, load_hf_weights
-from megatron_sgopd.jobs import OnFirstRank
 from megatron_sgopd.metrics import mismatch_kl
+from megatron_sgopd.model.hf_reader import read_hf_config
+from megatron_sgopd.model.weight_stream import iter_hf_weights, load_hf_weights
+from megatron_sgopd.rollouts.engine_jobs import OnFirstRank
+from megatron_sgopd.rollouts.make_engine import make_engine
+from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
+from megatron_sgopd.rollouts.vllm_servers.engine import Remote, VllmEngine
+from megatron_sgopd.rollouts.vllm_servers.weight_sender import WeightSender
+from megatron_sgopd.training.weight_sync import Guard, StaleWeights
 from megatron_sgopd.types import Completion, EngineLost, Request
-from megatron_sgopd.vllm_client import VllmClient
-from megatron_sgopd.vllm_engine import Remote, VllmEngine
-from megatron_sgopd.weight_sender import WeightSender
-from megatron_sgopd.weight_sync import Guard, StaleWeights
 from tests.layouts import layout
 from tests.model_cases import build
 
@@ -91,7 +91,7 @@ def change(model: Any, seed: int) -> None:
     for name in sorted(stream):
         noise = torch.randn(stream[name].shape, generator=generator)
         stream[name] *= 1 + 0.02 * noise
-    from megatron_sgopd.hf_weights import load_stream
+    from megatron_sgopd.model.weight_stream import load_stream
 
     load_stream(model, stream.items(), "the test's change")
 

@@ -1,0 +1,299 @@
+"""Evaluation folders: what they hold, what it comes to, and how two of them differ.
+
+A folder has `settings.json` (what its samples depend on), `problems/NAME.jsonl`,
+`samples/NAME.jsonl` (see `samples`) and `summary.json`. Scores need nothing else: no engine, no
+model, no benchmark file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd.evaluation.accuracy import (
+    Record,
+    by_benchmark,
+    greedy_marks,
+    mean_over_benchmarks,
+    paired_difference,
+    problem_accuracies,
+    problem_pass_rates,
+    summarize_benchmarks,
+)
+from megatron_sgopd.evaluation.samples import GREEDY, Row, read_lines, read_samples, records
+from megatron_sgopd.verifier import VerifierPool
+
+Settings = dict[str, Any]
+TOLD = ("engine", "engine_version", "dtype", "seed")  # of which a comparison says that they differ
+
+
+def read_settings(folder: Path) -> Settings:
+    """Raises ValueError where the folder holds no evaluation."""
+    path = folder / "settings.json"
+    try:
+        settings: Settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} holds no evaluation (no settings.json): give a folder that `sgopd evaluate` "
+            "left"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    return settings
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def resumable(settings: Settings) -> dict[str, Any]:
+    """What the samples of an evaluation depend on: all this must be the same to go on with it."""
+    kept = {key: settings[key] for key in ("engine", "dtype", "seed", "verifier")}
+    model = {"the model's content": settings["model"]["content"]}
+    sets = settings.get("others", {}) | settings["benchmarks"]
+    prompts = {f"the prompts of {name}": b["prompts"] for name, b in sets.items()}
+    return {**model, **kept, **_under(settings, "sampling", "prompting"), **prompts}
+
+
+def conflicts(there: Settings, now: Settings) -> list[str]:
+    """Why samples made under `there` are not those of `now`, a phrase each.
+
+    Benchmarks may come and go: each has its own samples.
+    """
+    before, after = resumable(there), resumable(now)
+    lacking = {key for key in before.keys() ^ after.keys() if key.startswith("the prompts of ")}
+    return changes(*({k: v for k, v in s.items() if k not in lacking} for s in (before, after)))
+
+
+def comparable(settings: Settings) -> dict[str, Any]:
+    """What the evaluations of two models must share to be compared."""
+    kept = {"verifier": settings["verifier"]}
+    kept |= {key: settings["scoring"][key] for key in ("n", "k")}
+    kept |= _under(settings, "sampling", "prompting")
+    del kept["sampling.stop_token_ids"]  # the models' own
+    sets = settings["benchmarks"]
+    return {**kept, **{f"the problems of {name}": b["problems"] for name, b in sets.items()}}
+
+
+def _under(settings: Settings, *sections: str) -> dict[str, Any]:
+    return {f"{s}.{key}": value for s in sections for key, value in settings[s].items()}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, a phrase each."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        if key not in before or key not in now:
+            found.append(f"{key}: {'the second' if key in now else 'the first'} alone has them")
+        elif before[key] != now[key]:
+            found.append(f"{key}: {before[key]!r} and {now[key]!r}")
+    return found
+
+
+def problems_path(folder: Path, benchmark: str) -> Path:
+    return folder / "problems" / f"{benchmark}.jsonl"
+
+
+def label(
+    rows: Sequence[Row],
+    answers: Mapping[str, str],
+    verifier: VerifierPool,
+    advance: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Sets `is_correct` of each row; what was cut off by the length limit is wrong."""
+    pairs = ((row["completion"], answers[row["id"]]) for row in rows)
+    for index, verdict in verifier.verify_iter(pairs):
+        row = rows[index]
+        row["is_correct"] = verdict.is_correct and row["finish_reason"] == "stop"
+        advance(1)
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a finished evaluation, of all its benchmarks.
+
+    Raises:
+        ValueError: the folder holds none, or one that is not finished.
+    """
+    settings = read_settings(folder)
+    n, greedy = settings["scoring"]["n"], settings["scoring"]["greedy"]
+    out = []
+    for name in settings["benchmarks"]:
+        problems = list(read_lines(problems_path(folder, name)))
+        rows = read_samples(folder, name)
+        wanted = [(p["id"], i) for p in problems for i in wanted_samples(n, greedy)]
+        there = sum("is_correct" in rows.get(key, {}) for key in wanted)
+        if there < len(wanted) or not problems:
+            raise ValueError(
+                f"{folder} is not finished ({name}: {there} of {len(wanted)} answers): run its "
+                "`sgopd evaluate` again, which goes on where it stopped"
+            )
+        out += records(problems, rows, n=n, greedy=greedy, benchmark=name)
+    return out
+
+
+def wanted_samples(n: int, greedy: bool) -> list[int]:
+    return [*([GREEDY] if greedy else []), *range(n)]
+
+
+def score(folder: Path) -> dict[str, Any]:
+    """Writes summary.json of a finished evaluation, and returns it."""
+    settings = read_settings(folder)
+    scoring = settings["scoring"]
+    summary = {
+        **{key: settings[key] for key in ("name", "model", "verifier", *TOLD, "sampling")},
+        **summarize_benchmarks(
+            read_records(folder),
+            scoring["k"],
+            bootstrap_samples=scoring["bootstrap_samples"],
+            seed=settings["seed"],
+        ),
+    }
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def compare(first: Path, second: Path) -> dict[str, Any]:
+    """The first less the second, paired by problem: of each benchmark, and of their mean.
+
+    Raises:
+        ValueError: an evaluation that is not finished, or what the two do not share.
+    """
+    ours, theirs = read_settings(first), read_settings(second)
+    if odd := changes(comparable(ours), comparable(theirs)):
+        raise ValueError(
+            f"{first} and {second} cannot be compared ({'; '.join(odd)}): evaluate both models "
+            "under the same settings on the same problems"
+        )
+    mine, other = read_records(first), read_records(second)
+    scoring = ours["scoring"]
+    of: dict[str, Callable[[Sequence[Record]], Any]] = {
+        "avg_at_k": problem_accuracies,
+        "pass_at_k": lambda records: problem_pass_rates(records, scoring["k"]),
+    }
+    if scoring["greedy"] and theirs["scoring"]["greedy"]:
+        of["greedy"] = greedy_marks
+    sets = by_benchmark(other)
+
+    def differences(a: Sequence[Record], b: Sequence[Record]) -> dict[str, Any]:
+        return {
+            name: _difference(a, b, values, scoring["bootstrap_samples"], ours["seed"])
+            for name, values in of.items()
+        }
+
+    return {
+        "first": {"folder": str(first), "name": ours["name"], "model": ours["model"]},
+        "second": {"folder": str(second), "name": theirs["name"], "model": theirs["model"]},
+        "k": scoring["k"],
+        "num_samples": scoring["n"],
+        "notes": changes(*({key: s[key] for key in TOLD} for s in (ours, theirs))),
+        **differences(mine, other),
+        "benchmarks": {
+            name: differences(group, sets[name]) for name, group in by_benchmark(mine).items()
+        },
+    }
+
+
+def _difference(
+    a: Sequence[Record],
+    b: Sequence[Record],
+    of: Callable[[Sequence[Record]], Any],
+    bootstrap_samples: int,
+    seed: int,
+) -> dict[str, Any]:
+    found = paired_difference(a, b, of=of, bootstrap_samples=bootstrap_samples, seed=seed)
+    first, second = (mean_over_benchmarks(records, of) for records in (a, b))
+    return {
+        "first": first,
+        "second": second,
+        "difference": found.mean,
+        "ci95": list(found.ci95),
+        "separated": found.separated,
+    }
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """A line for each benchmark, and for their mean; accuracies in per cent."""
+    n, k = summary["num_samples"], summary["k"]
+    header = [
+        "",
+        "problems",
+        f"avg@{n}",
+        "95 %",
+        f"pass@{k}",
+        "95 %",
+        "greedy",
+        "tokens",
+        "cut off",
+    ]
+    sets = summary["benchmarks"]
+    lines = [_line(name, entry) for name, entry in sets.items()]
+    lines += [_line("mean", summary)] if len(sets) > 1 else []
+    return _aligned([header, *lines])
+
+
+def _line(name: str, entry: Mapping[str, Any]) -> list[str]:
+    return [
+        name,
+        str(entry["num_problems"]),
+        _percent(entry["avg_at_k"]),
+        _interval(entry["ci95"]),
+        _percent(entry["pass_at_k"]),
+        _interval(entry["pass_ci95"]),
+        _percent(entry["greedy"]),
+        f"{entry['mean_length']:.0f}",
+        f"{_percent(entry['truncated'])} %",
+    ]
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> str:
+    """A line for each benchmark and measure; differences in points."""
+    names = {"avg_at_k": f"avg@{comparison['num_samples']}", "pass_at_k": f"pass@{comparison['k']}"}
+    rows = [["", "", "first", "second", "difference", "95 %", ""]]
+    sets = comparison["benchmarks"]
+    for name, entry in {**sets, **({"mean": comparison} if len(sets) > 1 else {})}.items():
+        for metric in ("avg_at_k", "pass_at_k", "greedy"):
+            if metric not in entry:
+                continue
+            d = entry[metric]
+            rows.append(
+                [
+                    name,
+                    names.get(metric, metric),
+                    _percent(d["first"]),
+                    _percent(d["second"]),
+                    f"{100 * d['difference']:+.1f}",
+                    _interval(d["ci95"]),
+                    "separated from zero" if d["separated"] else "",
+                ]
+            )
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}"

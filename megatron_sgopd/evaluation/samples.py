@@ -1,0 +1,155 @@
+"""The samples of an evaluation: kept as they are made, joined, and put in order.
+
+A row is one answer: `id` (of the problem), `sample` (from 0; GREEDY is the greedy one),
+`completion` (text), `length` (tokens), `finish_reason`, and `is_correct` once it is verified. While
+an evaluation runs, each rank appends to a journal of its own: a row when its answer is there, and
+its verdict, a row of `id`, `sample` and `is_correct`, when that is. So a killed evaluation has lost
+nothing that an engine made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+GREEDY = -1
+Row = dict[str, Any]
+Key = tuple[str, int]  # (id, sample)
+
+
+def join(rows: Iterable[Row]) -> dict[Key, Row]:
+    """One row an answer, with its verdict where there is one; of two answers the first counts."""
+    joined: dict[Key, Row] = {}
+    for row in rows:
+        kept = joined.setdefault((row["id"], row["sample"]), {})
+        kept.update({key: value for key, value in row.items() if key not in kept})
+    return {key: row for key, row in joined.items() if "completion" in row}
+
+
+def records(
+    problems: Sequence[Mapping[str, str]],
+    rows: Mapping[Key, Row],
+    *,
+    n: int,
+    greedy: bool,
+    benchmark: str,
+) -> list[dict[str, Any]]:
+    """One record a problem, in order, for `accuracy`; from verified rows.
+
+    Args:
+        problems: `id`, `problem` and `answer` of each.
+    """
+    out = []
+    for problem in problems:
+        mine = [rows[problem["id"], i] for i in range(n)]
+        record: dict[str, Any] = {
+            **problem,
+            "benchmark": benchmark,
+            "num_samples": n,
+            "num_correct": sum(row["is_correct"] for row in mine),
+            "is_correct": [row["is_correct"] for row in mine],
+            "completions": [row["completion"] for row in mine],
+            "lengths": [row["length"] for row in mine],
+            "truncated": sum(row["finish_reason"] == "length" for row in mine),
+        }
+        if greedy:
+            first = rows[problem["id"], GREEDY]
+            record["greedy_is_correct"] = first["is_correct"]
+            record["greedy"] = first["completion"]
+        out.append(record)
+    return out
+
+
+# -- on disk ---------------------------------------------------------------------------------------
+
+
+class Journal:
+    """Appends rows to one file, each in one write."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def append(self, row: Row) -> None:
+        line = encode(row)
+        while line:  # a signal, or a full disk, may cut a write short
+            line = line[os.write(self._file, line) :]
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def journal_path(folder: Path, benchmark: str, rank: int) -> Path:
+    return folder / "journals" / f"{benchmark}.{rank:05d}.jsonl"
+
+
+def _journals(folder: Path, benchmark: str) -> list[Path]:
+    """Of all ranks: five digits and no more, since aime.24 may be a benchmark beside aime."""
+    return sorted((folder / "journals").glob(f"{benchmark}.{'[0-9]' * 5}.jsonl"))
+
+
+def read_samples(folder: Path, benchmark: str) -> dict[Key, Row]:
+    """All that is there of a benchmark: what was put in order, and the journals."""
+    files = [_samples_path(folder, benchmark), *_journals(folder, benchmark)]
+    return join(row for file in files for row in read_lines(file))
+
+
+def settle(
+    folder: Path, benchmark: str, problems: Sequence[Mapping[str, str]], rows: Mapping[Key, Row]
+) -> None:
+    """Writes samples/BENCHMARK.jsonl in the order of the problems, and removes the journals."""
+    place = {problem["id"]: i for i, problem in enumerate(problems)}
+    order = sorted(rows, key=lambda key: (place[key[0]], key[1]))
+    write_lines(_samples_path(folder, benchmark), (rows[key] for key in order))
+    for journal in _journals(folder, benchmark):
+        journal.unlink()
+
+
+def _samples_path(folder: Path, benchmark: str) -> Path:
+    return folder / "samples" / f"{benchmark}.jsonl"
+
+
+def encode(row: Mapping[str, Any]) -> bytes:
+    """One line of JSON."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as a byte-level tokenizer may leave
+        return (json.dumps(row) + "\n").encode()
+
+
+def read_lines(path: Path) -> Iterator[Row]:
+    """The rows of a JSONL file, none where it is missing; a last line cut short is left out.
+
+    Raises:
+        ValueError: any other line that is not a JSON object, with its place.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}:{number}: not JSON ({error}); mend it or remove the file"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}:{number}: a JSON object is wanted, got {type(row).__name__}"
+                )
+            yield row
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line; the file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        for row in rows:
+            file.write(encode(row))
+    temporary.replace(path)

@@ -1,0 +1,179 @@
+"""What can be found out about a recipe before a model is loaded: `sgopd doctor`, `sgopd train`.
+
+Findings come out, also of what cannot be read at all: nothing is raised.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_sgopd.config.schema import Config
+from megatron_sgopd.data.problems import Problem, load_problems, load_tokenizer, render
+from megatron_sgopd.model.hf_reader import resolve_hf_dir, weight_files
+from megatron_sgopd.preflight.model_agreement import (
+    Described,
+    Finding,
+    model_findings,
+    pair_findings,
+    prompt_findings,
+)
+from megatron_sgopd.training.objective import Objective
+from megatron_sgopd.verifier.worker import load_verifier
+from megatron_sgopd.versions import TESTED, describe, installed, is_tested
+
+FIRST = 64  # prompts that are rendered
+
+
+def check_recipe(config: Config) -> list[Finding]:
+    """Everything: versions, models, data, verifier."""
+    return [
+        _versions(config),
+        *check_models(config),
+        *(found for role in _paths(config) for found in _caught(role, _weights, config, role)),
+        *_caught("data", _prompts, config),
+        *_caught("data", _evaluation, config),
+        *_caught("verifier", _verifier, config),
+    ]
+
+
+def check_models(config: Config) -> list[Finding]:
+    """Whether the models that the recipe needs agree with it and with each other."""
+    return list(_caught("models", _models, config))
+
+
+def require_agreement(config: Config, run_dir: Path) -> None:
+    """`check_models` at the start of a run: rank 0 looks, prints warnings and keeps all findings
+    in RUN_DIR/preflight.jsonl. Collective over all ranks.
+
+    Raises:
+        ValueError: on every rank alike, with all errors.
+    """
+    box: list[list[str]] = [[]]
+    if dist.get_rank() == 0:
+        findings = check_models(config)
+        rows = (json.dumps(vars(finding), ensure_ascii=False) + "\n" for finding in findings)
+        (run_dir / "preflight.jsonl").write_text("".join(rows), encoding="utf-8")
+        for finding in findings:
+            if finding.level == "warning":
+                print(f"{config.name}: warning, {finding.about}: {finding}", flush=True)
+        box = [[str(finding) for finding in findings if finding.level == "error"]]
+    dist.broadcast_object_list(box, src=0)
+    if box[0]:
+        raise ValueError("\n".join(box[0]))
+
+
+def _caught(
+    about: str, check: Callable[..., Iterator[Finding]], *arguments: Any
+) -> Iterator[Finding]:
+    """What a check finds; what keeps it from going on is an error."""
+    try:
+        yield from check(*arguments)
+    except ValueError as error:
+        yield Finding("error", about, str(error))
+
+
+def _versions(config: Config) -> Finding:
+    needed = [p for p in TESTED if p != "vllm" or _starts_vllm(config)]
+    found = {package: installed(package) for package in needed}
+    if missing := [package for package, version in found.items() if version is None]:
+        return Finding("error", "versions", describe(), fix=f"install {', '.join(missing)}")
+    if all(version and is_tested(package, version) for package, version in found.items()):
+        return Finding("ok", "versions", describe())
+    return Finding("warning", "versions", describe(), fix="sgopd doctor --parallel tries them")
+
+
+def _starts_vllm(config: Config) -> bool:
+    """Servers in this environment; those elsewhere are asked for their version."""
+    vllm = config.rollout.vllm
+    return config.rollout.engine == "vllm" and not vllm.urls and vllm.python is None
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def _paths(config: Config) -> dict[str, str]:
+    """role -> directory or hub name of the models that the objective needs."""
+    objective, model = Objective.of(config, eps=0.0), config.model
+    paths = {"student": model.student.hf_path}
+    if objective.needs_teacher:
+        paths["teacher"] = model.teacher.hf_path or ""
+    if objective.needs_reference and model.reference.hf_path is not None:
+        paths["reference"] = model.reference.hf_path
+    return paths
+
+
+def _models(config: Config) -> Iterator[Finding]:
+    paths = _paths(config)
+    student = Described.read("student", resolve_hf_dir(paths.pop("student"), weights=False))
+    yield from model_findings(student, config)
+    yield from prompt_findings(student, config)
+    for role, path in paths.items():
+        other = Described.read(role, resolve_hf_dir(path, weights=False))
+        yield from model_findings(other, config)
+        yield from pair_findings(student, other, config)
+
+
+def _weights(config: Config, role: str) -> Iterator[Finding]:
+    path = _paths(config)[role]
+    if role == "student" and config.model.student.random_init:
+        yield Finding("ok", role, f"{path}, weights drawn at random")
+    elif Path(path).is_dir():
+        count = len(weight_files(Path(path)))
+        yield Finding("ok", role, f"{path}, {count} file(s) of weights")
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def _problems(config: Config, path: str, *, train: bool) -> list[Problem]:
+    data = config.data
+    return load_problems(
+        path,
+        problem_field=data.problem_field,
+        answer_field=data.answer_field,
+        solution_field=data.solution_field if train and config.distill.method == "sft" else None,
+        min_difficulty=data.min_difficulty if train else None,
+    )
+
+
+def _prompts(config: Config) -> Iterator[Finding]:
+    problems = _problems(config, config.data.train, train=True)
+    first, limit = problems[:FIRST], config.rollout.max_prompt_tokens
+    tokenizer = load_tokenizer(resolve_hf_dir(config.model.student.hf_path, weights=False))
+    prompts = render(first, tokenizer, config.data, limit)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    what = f"{config.data.train}, {len(problems)} problems; of the first {len(first)} "
+    if dropped := len(first) - len(prompts):
+        yield Finding(
+            "warning",
+            "data",
+            f"{what}{dropped} are longer than rollout.max_prompt_tokens {limit}",
+            "they are left out",
+            "raise it, or leave it if that is meant",
+        )
+    else:
+        yield Finding("ok", "data", f"{what}the longest has {longest} tokens of {limit}")
+    text = tokenizer.decode(list(prompts[0].token_ids))
+    yield Finding("ok", "first prompt", repr(text if len(text) <= 300 else f"{text[:300]}…"))
+
+
+def _evaluation(config: Config) -> Iterator[Finding]:
+    for path in dict.fromkeys((config.evaluation.data, config.evaluation.during_data)):
+        if path is not None:
+            count = len(_problems(config, path, train=False))
+            yield Finding("ok", "data", f"{path}, {count} problems to evaluate")
+
+
+def _verifier(config: Config) -> Iterator[Finding]:
+    name = config.verifier.name
+    if name != "math_verify":
+        load_verifier(name)
+    elif importlib.util.find_spec(name) is None:
+        raise ValueError("math-verify is not installed: pip install math-verify")
+    yield Finding("ok", "verifier", name)
