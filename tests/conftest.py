@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sgopd.demo.models import STUDENT, TEACHER, write_model_dir
 from megatron_sgopd.demo.world import WorldSizes, write_world
-from tests.pool import Pool
+from tests.support.pool import Pool
 
 HERE = Path(__file__).parent
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_sgopd.metrics import Clock, MetricsWriter, add_up, progress_bar, read_metrics
-from tests import model_cases
+from tests.support import model_cases
 
 
 def write(path: Path, first: int, steps: range) -> None:

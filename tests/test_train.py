@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from megatron_sgopd.config.load import load_config
 from megatron_sgopd.rollouts.make_engine import _starting
-from tests import conversion_cases, train_cases
 from tests.conftest import SIZES
-from tests.pool import RankError
+from tests.support import conversion_cases, train_cases
+from tests.support.pool import RankError
 
 STEPS = 4
 

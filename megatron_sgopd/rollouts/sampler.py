@@ -1,8 +1,8 @@
 """Prompts -> labelled rollouts, from the student, the teacher or a data set.
 
-What asks an engine runs as a job (`engine_jobs`). With an embedded engine every rank of the replica runs
-it with the same prompts (the replica's share), its first rank verifies, and the labelled rollouts
-are handed to the others; with engines behind HTTP the first rank runs the job alone.
+What asks an engine runs as a job (`engine_jobs`). With an embedded engine every rank of the replica
+runs it with the same prompts (the replica's share), its first rank verifies, and the labelled
+rollouts are handed to the others; with engines behind HTTP the first rank runs the job alone.
 
 Shapes: P prompts of the replica, G = n rollouts per prompt.
 """

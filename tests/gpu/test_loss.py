@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_sgopd.vocab_parallel import distillation_loss
 from megatron_sgopd.vocab_parallel.backend import kernels
-from tests.triton_cases import chunk_of, draw, make, shard_of
+from tests.support.triton_cases import chunk_of, draw, make, shard_of
 
 T, V = 24, 9000  # more than two tiles of a program
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sgopd.config.schema import VllmConfig
 from megatron_sgopd.rollouts.vllm_servers.server import VllmServer, installed_version, make_specs
-from tests import tiny
+from tests.support import tiny
 
 KEY = "the-tests-own-key"
 

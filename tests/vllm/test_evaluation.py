@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.evaluation.samples import read_samples
-from tests.evaluation_cases import SHORT, make_model, on_ranks, write_sets
+from tests.support.evaluation_cases import SHORT, make_model, on_ranks, write_sets
 
 
 def test_a_server_with_its_own_weights_answers_as_the_embedded_engine(
@@ -17,7 +17,7 @@ def test_a_server_with_its_own_weights_answers_as_the_embedded_engine(
 ) -> None:
     model, sets = make_model(tmp_path / "model", seed=1), write_sets(tmp_path / "sets")
     stops = "rollout.stop_token_ids=[" + ",".join(map(str, range(40))) + "]"
-    own = "verifier.name=tests.evaluation_cases.judge"
+    own = "verifier.name=tests.support.evaluation_cases.judge"
     given = [str(model), *sets, *SHORT, stops, own]
     program = [sys.executable, "-m", "megatron_sgopd", "evaluate", *given, "rollout.engine=vllm"]
     done = subprocess.run([*program, "--out", str(tmp_path / "vllm")], timeout=200)

@@ -11,7 +11,7 @@ from megatron_sgopd.model.hf_reader import read_hf_config
 from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
 from megatron_sgopd.rollouts.vllm_servers.server import VllmServer, make_specs
 from megatron_sgopd.types import Request
-from tests import conversion_cases, model_cases, tiny
+from tests.support import conversion_cases, model_cases, tiny
 from tests.vllm.conftest import KEY
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
 from megatron_sgopd.rollouts.vllm_servers.server import free_ports
-from tests.train_cases import metrics_without_time
+from tests.support.train_cases import metrics_without_time
 
 PATIENCE_S = 200.0
 

@@ -41,8 +41,8 @@ from megatron_sgopd.rollouts.vllm_servers.engine import Remote, VllmEngine
 from megatron_sgopd.rollouts.vllm_servers.weight_sender import WeightSender
 from megatron_sgopd.training.weight_sync import Guard, StaleWeights
 from megatron_sgopd.types import Completion, EngineLost, Request
-from tests.layouts import layout
-from tests.model_cases import build
+from tests.support.layouts import layout
+from tests.support.model_cases import build
 
 CPU = torch.device("cpu")
 SKIPPED = "model.layers.1.mlp.down_proj.weight"

@@ -1,8 +1,9 @@
 """Bytes that a forward pass keeps for backward, and what the loss needs beside them.
 
 Counted from the modules that run: Megatron's layer with our own norm and attention, unfused SwiGLU
-and rotary embedding, the vocabulary-parallel loss. tests/test_plan_memory.py compares each count
-with the tensors that autograd really saves. Transformer Engine's fused layer keeps no more.
+and rotary embedding, the vocabulary-parallel loss. tests/preflight/plan/test_memory.py compares
+each count with the tensors that autograd really saves. Transformer Engine's fused layer keeps no
+more.
 """
 
 from __future__ import annotations
