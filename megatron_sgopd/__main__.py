@@ -13,6 +13,7 @@ from megatron_sgopd.cli import (
     bench,
     cluster,
     compare,
+    config,
     doctor,
     evaluate,
     jobs,
@@ -20,14 +21,13 @@ from megatron_sgopd.cli import (
     plan,
     rescore,
     serve,
-    show_config,
     train,
 )
 from megatron_sgopd.config.errors import ConfigError
 
 COMMANDS = (  # in the order of the help
     train,
-    show_config,
+    config,
     plan,
     doctor,
     launch,
@@ -62,6 +62,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+class _Version(argparse.Action):
+    """Prints the versions and ends; they are read only then."""
+
+    def __call__(self, *_: object) -> None:
+        from megatron_sgopd.versions import describe, installed
+
+        print(f"sgopd {installed('megatron_sgopd') or 'not installed'}; {describe()}")
+        raise SystemExit(0)
+
+
 def _is_override(text: str) -> bool:
     return "=" in text and not text.startswith("-")
 
@@ -69,6 +79,9 @@ def _is_override(text: str) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sgopd", description="Sign-gated on-policy distillation on Megatron-Core."
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="this project's and its libraries' versions"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:

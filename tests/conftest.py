@@ -83,7 +83,7 @@ def pool() -> Iterator[Callable[[int], Pool]]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, pool: Any) -> Path:
     """A world, and a student and a teacher of two `sft` steps each, made by the trainer."""
-    from tests import train_cases  # imports torch
+    from tests.support import train_cases  # imports torch
 
     folder = tmp_path_factory.mktemp("world")
     write_world(folder, seed=3, level="normal", sizes=SIZES)

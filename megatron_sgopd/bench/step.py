@@ -21,9 +21,10 @@ from typing import Any
 from megatron_sgopd.bench.kl import ALLOCATORS
 from megatron_sgopd.bench.step_process import Ended, run_watched
 from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.recipe_files import RECIPES
 from megatron_sgopd.versions import installed
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo" / "opd.yaml"
+RECIPE = RECIPES / "demo" / "opd.yaml"
 ROLLOUTS = 4  # of each prompt
 MICRO_BATCH = 32
 NEW_TOKENS = 32

@@ -14,9 +14,10 @@ from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.evaluation import of_model
 from megatron_sgopd.config.layout import replica_size
 from megatron_sgopd.config.load import load_config
+from megatron_sgopd.config.recipe_files import RECIPES
 from megatron_sgopd.config.schema import Config, ModelConfig, StudentConfig
 
-PROTOCOL = Path(__file__).resolve().parents[2] / "recipes" / "evaluation_paper.yaml"
+PROTOCOL = RECIPES / "evaluation_paper.yaml"
 
 
 def add(commands: Commands) -> None:

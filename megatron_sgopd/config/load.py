@@ -21,6 +21,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.recipe_files import find_recipe
 from megatron_sgopd.config.schema import Config
 
 MISSING = "???"
@@ -75,8 +76,8 @@ def load_config(
     Raises:
         ConfigError: naming file and line or override, key, what came and what is allowed.
     """
-    tree = _read_recipe(Path(recipe))
-    lines = _key_lines(Path(recipe))
+    path = find_recipe(recipe)
+    tree, lines = _read_recipe(path), _key_lines(path)
     settings = [(key, value, f"{recipe}:{lines[key]}") for key, value in _leaves(tree)]
     settings += [(*_parse_override(text), f"override {text!r}") for text in overrides]
     settings = [*((key, "", "unread") for key in unread), *settings]
@@ -117,12 +118,6 @@ def content_hash(config: Config, *extra: str) -> str:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = difflib.get_close_matches(
-            path.stem, [p.stem for p in Path("recipes").rglob("*.yaml")], 1, 0.5
-        )
-        hint = f"; did you mean {next(Path('recipes').rglob(near[0] + '.yaml'))}?" if near else ""
-        raise ConfigError(f"recipe {path} does not exist{hint}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sgopd.config.recipe_files import RECIPES
 from megatron_sgopd.demo.world import QUICK_SIZES, WorldSizes
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "demo"
+DEMO_RECIPES = RECIPES / "demo"
 BASELINE = "opd"
 DEFAULT_ARMS = (BASELINE, "sg_opd", "sg_opd_full_vocab")
 
@@ -33,13 +34,13 @@ class Training:
     needs: tuple[str, ...]  # phases whose results it reads
 
 
-def available_arms(recipes: Path = RECIPES) -> list[str]:
+def available_arms(recipes: Path = DEMO_RECIPES) -> list[str]:
     """Every recipe of the folder but the teacher's and the student's; the baseline comes first."""
     names = {path.stem for path in recipes.glob("*.yaml")} - {"teacher", "student"}
     return sorted(names, key=lambda name: (name != BASELINE, name))
 
 
-def chosen_arms(wanted: str | None, recipes: Path = RECIPES) -> list[str]:
+def chosen_arms(wanted: str | None, recipes: Path = DEMO_RECIPES) -> list[str]:
     """`wanted` is None (the default arms), `all`, or names with commas.
 
     ValueError names an arm without a recipe.
@@ -65,7 +66,7 @@ def trainings(
     quick: bool,
     extra: Sequence[str],
     engine: str = "embedded",
-    recipes: Path = RECIPES,
+    recipes: Path = DEMO_RECIPES,
 ) -> list[Training]:
     """Teacher, student and the arms, in the order in which they run."""
     world = "{home}/world"

@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_sgopd.demo import phases
 from megatron_sgopd.demo.arms import (
+    DEMO_RECIPES,
     QUICK_TRAINING_SECONDS,
-    RECIPES,
     TRAINING_SECONDS,
     Training,
     trainings,
@@ -54,7 +54,7 @@ class Options:
     engine: str = "embedded"  # of the arms; teacher and student learn from worked solutions
     out: Path = Path("runs/demo")
     overrides: tuple[str, ...] = ()  # key=value, for every run of the trainer
-    recipes: Path = RECIPES
+    recipes: Path = DEMO_RECIPES
     trainer: tuple[str, ...] = TRAINER  # the command before RECIPE key=value ...
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from megatron_sgopd.demo import phases
 from megatron_sgopd.demo.arms import (
     ARM_DIFFERENCES,
     DEFAULT_ARMS,
-    RECIPES,
+    DEMO_RECIPES,
     available_arms,
     chosen_arms,
     trainings,
@@ -165,7 +165,7 @@ def test_arms_follow_the_weights_they_started_from(finished: Options):
 
 def test_changed_recipe_redoes_its_run_alone(finished: Options, tmp_path: Path):
     recipes = tmp_path / "recipes"
-    shutil.copytree(RECIPES, recipes)
+    shutil.copytree(DEMO_RECIPES, recipes)
     with (recipes / "sg_opd.yaml").open("a") as recipe:
         recipe.write("# changed\n")
     run_demo(replace(finished, recipes=recipes))
@@ -366,7 +366,7 @@ def test_only_the_arms_evaluate_while_training_and_on_dev(quick: bool):
 
 
 def load(name: str, overrides: tuple[str, ...] = ()):
-    return load_config(RECIPES / f"{name}.yaml", list(overrides))
+    return load_config(DEMO_RECIPES / f"{name}.yaml", list(overrides))
 
 
 @pytest.mark.parametrize("arm", DEFAULT_ARMS[1:])
