@@ -13,19 +13,14 @@ from megatron_sgopd import sgopd
 from megatron_sgopd.config.evaluation import during_sets, evaluation_sets
 from megatron_sgopd.config.load import to_yaml
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.data.problems import (
-    PromptStream,
-    load_problems,
-    load_tokenizer,
-    render,
-    share,
-    stop_token_ids,
-)
+from megatron_sgopd.data.problems import load_problems
+from megatron_sgopd.data.rendering import load_tokenizer, render, stop_token_ids
+from megatron_sgopd.data.stream import PromptStream, share
 from megatron_sgopd.distributed.groups import Groups, any_rank, initialize
 from megatron_sgopd.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_sgopd.metrics import MetricsWriter
 from megatron_sgopd.model.checkpoint_files import RECIPE, list_checkpoints
-from megatron_sgopd.model.hf_reader import read_hf_config, resolve_hf_dir
+from megatron_sgopd.model.hf_location import read_hf_config, resolve_hf_dir
 from megatron_sgopd.model.hf_writer import MARK
 from megatron_sgopd.model.model_card import Origin, mark, origin_of
 from megatron_sgopd.model.weight_stream import iter_hf_weights

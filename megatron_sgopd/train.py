@@ -28,14 +28,14 @@ from megatron_sgopd.model.families import hf_shapes
 from megatron_sgopd.model.hf_writer import MARK, README, write_hf_dir
 from megatron_sgopd.model.model_card import mark, model_card
 from megatron_sgopd.model.weight_stream import iter_hf_weights
-from megatron_sgopd.rollouts.pending import to_columns
-from megatron_sgopd.rollouts.sampler import (
+from megatron_sgopd.rollouts.batch import (
     Batch,
     batch_metrics,
     generate_groups,
     mix_teacher_rollouts,
     solutions_as_rollouts,
 )
+from megatron_sgopd.rollouts.pending import to_columns
 from megatron_sgopd.run import Run, assemble
 from megatron_sgopd.training.checkpoint import save_checkpoint
 from megatron_sgopd.training.step import train_step

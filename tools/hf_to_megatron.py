@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from megatron_sgopd.cli.conversion import run
     from megatron_sgopd.model.conversion_job import ToMegatron
-    from megatron_sgopd.model.hf_reader import resolve_hf_dir
+    from megatron_sgopd.model.hf_location import resolve_hf_dir
 
     return run(
         lambda: ToMegatron(

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from megatron_sgopd.bench.kl import ALLOCATORS
 from megatron_sgopd.bench.step_process import Ended, run_watched
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.recipe_files import RECIPES
+from megatron_sgopd.evaluation.tables import aligned
 from megatron_sgopd.versions import installed
 
 RECIPE = RECIPES / "demo" / "opd.yaml"
@@ -267,14 +268,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     )
     head = ("", *(heading for heading, _, _ in COLUMNS))
     lines = [head, *((r["name"], *(format(r[k], f) for _, k, f in COLUMNS)) for r in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-
-    def aligned() -> Iterator[str]:
-        for name, *numbers in lines:
-            cells = (n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))
-            yield "  ".join((name.ljust(widths[0]), *cells)).rstrip()
-
-    return "\n".join((title, *aligned()))
+    return f"{title}\n{aligned(lines, rule=False)}"
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

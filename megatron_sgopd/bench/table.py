@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sgopd.bench.cases import Case
+from megatron_sgopd.evaluation.tables import aligned
 
 HEAD = ("", "time/plain", "ms", "of floor", "shards", "error", "collectives")
 
 
 def case_table(case: Case, rows: Sequence[dict[str, Any]]) -> str:
     """Set a case's rows as lines; one allocator's follow the other's."""
-    mine = [row for row in rows if _is_of(case, row)]
+    own_rows = [row for row in rows if _is_of(case, row)]
     blocks = []
-    for allocator in dict.fromkeys(row["allocator"] for row in mine):
-        cells = [_cells(row) for row in mine if row["allocator"] == allocator]
+    for allocator in dict.fromkeys(row["allocator"] for row in own_rows):
+        cells = [_cells(row) for row in own_rows if row["allocator"] == allocator]
         title = f"{case.label}, allocator {allocator}"
-        blocks.append(_aligned(title, cells))
+        blocks.append(aligned([(title, *HEAD[1:]), *cells], rule=False) + "\n")
     return "\n".join(blocks)
 
 
@@ -40,15 +41,3 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "" if error is None else f"{error:.1e}",
         "" if counts[0] is None else f"{counts[0]} + {counts[1]}",
     )
-
-
-def _aligned(title: str, cells: Sequence[Sequence[str]]) -> str:
-    head = (title, *HEAD[1:])
-    widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(HEAD))]
-
-    def line(values: Sequence[str]) -> str:
-        first, *rest = values
-        numbers = (value.rjust(width) for value, width in zip(rest, widths[1:], strict=True))
-        return "  ".join((first.ljust(widths[0]), *numbers)).rstrip()
-
-    return "\n".join([line(head), *(line(values) for values in cells), ""])

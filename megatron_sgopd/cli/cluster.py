@@ -85,11 +85,10 @@ def account(arguments: argparse.Namespace) -> int:
 
 def table(arguments: argparse.Namespace) -> int:
     """Exit code 1: some are missing."""
-    from megatron_sgopd.evaluation import tables as evaluation_table
-    from megatron_sgopd.evaluation.tables import SUMMARY
+    from megatron_sgopd.evaluation.tables import SUMMARY, models_table, read_summaries
 
-    rows = evaluation_table.read(arguments.out)
-    text = evaluation_table.table(rows)
+    rows = read_summaries(arguments.out)
+    text = models_table(rows)
     for name, content in (("table.json", json.dumps(rows, indent=1)), ("table.txt", text)):
         temporary = arguments.out / f"{name}.tmp"
         temporary.write_text(content + "\n", encoding="utf-8")

@@ -19,21 +19,22 @@ def add(commands: Commands) -> None:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Exit code 0: compared; 2: they cannot be."""
-    from megatron_sgopd.evaluation import folder as scores
+    from megatron_sgopd.evaluation import folder
+    from megatron_sgopd.evaluation.tables import comparison_table
 
     try:
-        found = scores.compare(arguments.first, arguments.second)
+        comparison = folder.compare(arguments.first, arguments.second)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for which in ("first", "second"):
-        print(f"{which:<6}  {found[which]['name']}  {found[which]['model']['path']}")
-    print(scores.comparison_table(found))
+        print(f"{which:<6}  {comparison[which]['name']}  {comparison[which]['model']['path']}")
+    print(comparison_table(comparison))
     print(
         "Differences in points, with 95 % bootstrap intervals over problems; they do not hold what "
         "another seed of a training would change."
     )
-    for note in found["notes"]:
+    for note in comparison["notes"]:
         print(f"not the same: {note}")
     if arguments.json:
-        scores.write_json(arguments.json, found)
+        folder.write_json(arguments.json, comparison)
     return 0

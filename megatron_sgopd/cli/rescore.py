@@ -36,14 +36,14 @@ def rescore(arguments: argparse.Namespace) -> int:
     out = arguments.out or folder / "rescored" / config.verifier.name
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out {out} is the evaluation itself: choose another folder")
-    from megatron_sgopd.evaluation.folder import table
     from megatron_sgopd.evaluation.rescore import rescore_folder
+    from megatron_sgopd.evaluation.tables import scores_table
 
     try:
         summary = rescore_folder(folder, out, config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print(f"{table(summary)}\n{out / 'summary.json'}")
+    print(f"{scores_table(summary)}\n{out / 'summary.json'}")
     return 0
 
 

@@ -46,7 +46,7 @@ def serve(arguments: argparse.Namespace) -> int:
             "share (rollout.vllm.api_key_variable): export one secret on both sides"
         )
     from megatron_sgopd.distributed.groups import pick_device
-    from megatron_sgopd.model.hf_reader import resolve_hf_dir
+    from megatron_sgopd.model.hf_location import resolve_hf_dir
     from megatron_sgopd.rollouts.vllm_servers.server import (
         check_port,
         check_version,
@@ -71,7 +71,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def _keep(command: list[str], environment: dict[str, str], restarts: int) -> int:
     """Runs the server; 0 where it was ended from here, else the last one's exit code."""
-    from megatron_sgopd.rollouts.vllm_servers.server import supervise
+    from megatron_sgopd.rollouts.vllm_servers.supervisor import supervise
 
     code = 0
     for left in range(restarts, -1, -1):

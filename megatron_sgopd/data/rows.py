@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.config.hub_names import is_hub_name
+
 Row = dict[str, Any]
 SUFFIXES = (".parquet", ".jsonl")
 REJECTS = ".rejects.jsonl"  # files that `prepare` leaves beside its output; no data
@@ -241,7 +243,7 @@ def files_of(path: str, split: str) -> list[tuple[str, Path]]:
     local = Path(path)
     if local.is_file():
         return [(local.name, local)]
-    if is_hub_name(path):
+    if is_hub_data_set(path):
         return hub_files(path, split)
     if not local.is_dir():
         raise ValueError(
@@ -251,14 +253,9 @@ def files_of(path: str, split: str) -> list[tuple[str, Path]]:
     return _files_in(local, split, path)
 
 
-def is_hub_name(path: str) -> bool:
-    return (
-        path.count("/") == 1
-        and all(path.split("/"))
-        and not path.startswith(".")
-        and Path(path).suffix not in (*SUFFIXES, ".json")
-        and not Path(path).exists()
-    )
+def is_hub_data_set(path: str) -> bool:
+    """Returns whether a data set is asked for by its hub name; a file's ending says it is not."""
+    return Path(path).suffix not in (*SUFFIXES, ".json") and is_hub_name(path)
 
 
 def hub_files(name: str, split: str) -> list[tuple[str, Path]]:

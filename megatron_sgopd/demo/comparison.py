@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sgopd.demo.arms import BASELINE, LIFT_BAR
 from megatron_sgopd.evaluation.accuracy import Difference, Record, paired_difference, summarize
+from megatron_sgopd.evaluation.tables import aligned, interval, percent
 
 QUICK_VERDICT = "Quick form: a few steps on a few problems, which make no claim on accuracy."
 
@@ -118,16 +119,7 @@ def table(comparison: Mapping[str, Any]) -> str:
     ]
     rows = [header, _row("teacher", comparison["teacher"]), _row("student", comparison["student"])]
     rows += [_row(name, arm) for name, arm in arms.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
@@ -135,10 +127,10 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
     seconds = entry.get("seconds")
     return [
         name,
-        _percent(entry["avg_at_k"]),
-        _interval(entry["ci95"]),
-        _percent(entry["pass_at_k"]),
-        _percent(entry["greedy"]),
+        percent(entry["avg_at_k"]),
+        interval(entry["ci95"]),
+        percent(entry["pass_at_k"]),
+        percent(entry["greedy"]),
         _signed(lift) if lift else "",
         _signed(difference) if difference else "",
         f"{seconds:.0f}" if seconds is not None else "",
@@ -162,8 +154,8 @@ def _confounds(arms: Mapping[str, Any]) -> list[str]:
 def _greedy_readings(arms: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     if before["greedy"] is None or any(arm["greedy"] is None for arm in arms.values()):
         return []
-    after = ", ".join(f"{name} {_percent(arm['greedy'])}" for name, arm in arms.items())
-    sentence = f"Greedy accuracy: student before {_percent(before['greedy'])}, {after} (per cent)"
+    after = ", ".join(f"{name} {percent(arm['greedy'])}" for name, arm in arms.items())
+    sentence = f"Greedy accuracy: student before {percent(before['greedy'])}, {after} (per cent)"
     if before["greedy"] > before["avg_at_k"] + 0.2:
         sentence += (
             "; the student knew much of this when greedy, so a good part of the lift is "
@@ -175,8 +167,8 @@ def _greedy_readings(arms: Mapping[str, Any], before: Mapping[str, Any]) -> list
 def _teacher_readings(arms: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
     above = [name for name, arm in arms.items() if arm["ci95"][0] > teacher["avg_at_k"]]
     if above:
-        return [f"Above the teacher's {_percent(teacher['avg_at_k'])}: {', '.join(above)}."]
-    return [f"No arm is clearly above its teacher's {_percent(teacher['avg_at_k'])} per cent."]
+        return [f"Above the teacher's {percent(teacher['avg_at_k'])}: {', '.join(above)}."]
+    return [f"No arm is clearly above its teacher's {percent(teacher['avg_at_k'])} per cent."]
 
 
 def _as_json(difference: Difference) -> dict[str, Any]:
@@ -188,12 +180,4 @@ def _as_json(difference: Difference) -> dict[str, Any]:
 
 
 def _signed(difference: Mapping[str, Any]) -> str:
-    return f"{100 * difference['mean']:+.1f} {_interval(difference['ci95'])}"
-
-
-def _interval(bounds: Sequence[float]) -> str:
-    return f"[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
-
-
-def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.1f}"
+    return f"{100 * difference['mean']:+.1f} {interval(difference['ci95'])}"

@@ -24,9 +24,13 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SETTLE_S = 1.0  # a peer's connection may close before the first rank's record is on disk
 
 
-def die_with_parent() -> None:
-    """From now on the kernel ends this process when its parent ends, be it by SIGKILL."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Asks the kernel to send this process a signal when its parent ends, be it by SIGKILL.
+
+    Only Linux can; elsewhere nothing is done.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.data.problems import load_problems, render
+from megatron_sgopd.data.problems import load_problems
+from megatron_sgopd.data.rendering import render
 from megatron_sgopd.types import Prompt
 
 

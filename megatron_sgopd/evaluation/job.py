@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_sgopd.config.evaluation import evaluation_sets, samples_per_problem
 from megatron_sgopd.config.load import to_yaml
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.data.problems import load_tokenizer, stop_token_ids
+from megatron_sgopd.data.rendering import load_tokenizer, stop_token_ids
 from megatron_sgopd.distributed.groups import Groups, initialize
 from megatron_sgopd.evaluation import samples
 from megatron_sgopd.evaluation.ask import Task, answer, tasks_of
@@ -36,18 +36,14 @@ from megatron_sgopd.evaluation.folder import (
     problems_path,
     read_settings,
     score,
-    table,
     write_json,
 )
 from megatron_sgopd.evaluation.samples import Journal, Row, journal_path, read_samples, settle
+from megatron_sgopd.evaluation.tables import scores_table
 from megatron_sgopd.metrics import progress_bar
 from megatron_sgopd.model.content_digest import fingerprint
-from megatron_sgopd.model.hf_reader import (
-    iter_safetensors,
-    read_hf_config,
-    resolve_hf_dir,
-    weight_files,
-)
+from megatron_sgopd.model.hf_location import read_hf_config, resolve_hf_dir, weight_files
+from megatron_sgopd.model.hf_reader import iter_safetensors
 from megatron_sgopd.rollouts.embedded_engine import EmbeddedEngine
 from megatron_sgopd.rollouts.engine_jobs import Jobs, OnEveryRank, OnFirstRank
 from megatron_sgopd.rollouts.make_engine import make_engine
@@ -289,7 +285,7 @@ def conclude(plan: Plan) -> bool:
         return False
     summary = score(folder)
     set_status(plan, "finished")
-    print(f"{table(summary)}\n{folder / 'summary.json'}", flush=True)
+    print(f"{scores_table(summary)}\n{folder / 'summary.json'}", flush=True)
     return True
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sgopd.evaluation.accuracy import paired_difference, summarize
 from megatron_sgopd.evaluation.report_figures import COLOURS, PANELS, draw
+from megatron_sgopd.evaluation.tables import interval, percent
 
 BASELINE_METHOD = "opd"
 _EXAMPLES = 3  # rollouts shown per run, moment and outcome
@@ -169,11 +170,11 @@ def _table(runs: Sequence[RunFolder], colours: Mapping[str, str]) -> str:
             dot + html.escape(run.name),
             html.escape(str(figures.get("method", ""))),
             html.escape(str(figures.get("estimator", "")) if run.is_distillation else ""),
-            _percent(figures.get("avg_at_k")),
-            _interval(figures.get("ci95")),
-            _percent(figures.get("pass_at_k")),
+            percent(figures.get("avg_at_k")),
+            interval(figures["ci95"]) if figures.get("ci95") else "",
+            percent(figures.get("pass_at_k")),
             str(figures.get("k", "")),
-            _percent(figures.get("greedy")),
+            percent(figures.get("greedy")),
             str(figures.get("steps", "")),
             _seconds(figures.get("seconds")),
         ]
@@ -197,7 +198,7 @@ def _difference(run: RunFolder, baseline: RunFolder) -> str:
         difference = paired_difference(run.evaluation, baseline.evaluation)
     except ValueError:
         return "other problems"
-    return f"{100 * difference.mean:+.1f} <small>{_interval(difference.ci95)}</small>"
+    return f"{100 * difference.mean:+.1f} <small>{interval(difference.ci95)}</small>"
 
 
 def _curves(runs: Sequence[RunFolder], colours: Mapping[str, str]) -> str:
@@ -259,14 +260,6 @@ def _rollout(rollout: Mapping[str, Any]) -> str:
         f"<small>{prompt}</small><br><code>{completion}</code><br>"
         f"<small>answer {answer}</small></div></div>"
     )
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.1f}"
-
-
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "" if bounds is None else f"[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
 
 
 def _seconds(seconds: float | None) -> str:

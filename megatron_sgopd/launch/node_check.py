@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.hub_names import is_hub_name
 from megatron_sgopd.launch.placement import Placement
 from megatron_sgopd.rollouts.vllm_servers.server import check_port, check_version, installed_version
 
@@ -99,7 +100,7 @@ def _models(placement: Placement) -> Iterator[str]:
         path = getattr(model, role).hf_path
         if not path or (Path(path) / "config.json").is_file():
             continue
-        if path.count("/") != 1 or path.startswith((".", "/")) or Path(path).exists():
+        if not is_hub_name(path):
             yield f"model.{role}.hf_path {path} is no Hugging Face directory here"
 
 

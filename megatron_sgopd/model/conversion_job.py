@@ -26,7 +26,8 @@ from megatron_sgopd.model.families import (
     hf_shapes,
     tied_pair,
 )
-from megatron_sgopd.model.hf_reader import StoredWeights, has_tokenizer, read_hf_config
+from megatron_sgopd.model.hf_location import has_tokenizer, read_hf_config
+from megatron_sgopd.model.hf_reader import StoredWeights
 from megatron_sgopd.model.model_card import Origin, mark, model_card, origin_of
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]

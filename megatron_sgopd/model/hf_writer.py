@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_sgopd.atomic_files import begin_folder, finish_folder
-from megatron_sgopd.model.hf_reader import COMPANIONS, DTYPES, INDEX, ONE_FILE
+from megatron_sgopd.model.hf_location import COMPANIONS, INDEX, ONE_FILE
+from megatron_sgopd.model.hf_reader import DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers; a shard costs no memory here
 README, MARK = "README.md", "sgopd.json"

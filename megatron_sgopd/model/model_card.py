@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
+from megatron_sgopd.config.hub_names import is_hub_name
 from megatron_sgopd.model.hf_writer import MARK, README
 from megatron_sgopd.versions import installed
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 RESULTS = {  # of summary.json: fractions
     "avg_at_k": "avg@{n}",
     "pass_at_k": "pass@{k}",
@@ -38,10 +38,10 @@ def origin_of(name: str, directory: Path) -> Origin:
     if (directory / MARK).is_file():  # an export of ours keeps its origin
         kept = json.loads((directory / MARK).read_text(encoding="utf-8"))
         return Origin(kept.get("name", ""), kept.get("base_model"), kept.get("licence", {}))
-    is_hub_name = HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+    on_hub = is_hub_name(name)
     front = front_matter(directory / README)
     licence = {key: str(front[key]) for key in LICENCE_KEYS if key in front}
-    return Origin(name if is_hub_name else Path(name).name, name if is_hub_name else None, licence)
+    return Origin(name if on_hub else Path(name).name, name if on_hub else None, licence)
 
 
 def front_matter(readme: Path) -> dict[str, Any]:

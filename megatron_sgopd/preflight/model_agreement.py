@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sgopd.config.schema import Config, DataConfig
-from megatron_sgopd.data.problems import Problem, load_tokenizer, render, stop_token_ids
+from megatron_sgopd.data.problems import Problem
+from megatron_sgopd.data.rendering import load_tokenizer, render, stop_token_ids
 
 SAMPLE = Problem("sample", "What is 1 + 1?", "2")
 ANY_LENGTH = 2**31

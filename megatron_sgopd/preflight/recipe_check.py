@@ -14,8 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.data.problems import Problem, load_problems, load_tokenizer, render
-from megatron_sgopd.model.hf_reader import resolve_hf_dir, weight_files
+from megatron_sgopd.data.problems import Problem, load_problems
+from megatron_sgopd.data.rendering import load_tokenizer, render
+from megatron_sgopd.model.hf_location import resolve_hf_dir, weight_files
 from megatron_sgopd.preflight.model_agreement import (
     Described,
     Finding,

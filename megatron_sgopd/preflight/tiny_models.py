@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from megatron_sgopd.config.hub_names import is_hub_name
 from megatron_sgopd.config.schema import Config, FrozenConfig
 from megatron_sgopd.distributed.groups import Groups
 from megatron_sgopd.training.objective import Objective
@@ -95,11 +96,11 @@ def _tiny_config(config: Config, groups: Groups, role: str) -> Qwen3Config:
 def _known_config(path: str | None) -> dict[str, Any]:
     """The config.json of a directory or of the hub's local cache; {} where there is none."""
     file = Path(path or "", "config.json")
-    if path and not file.is_file() and path.count("/") == 1 and not path.startswith((".", "/")):
+    if path and is_hub_name(path):
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(path, "config.json")
-        file = Path(found) if isinstance(found, str) else file
+        cached = try_to_load_from_cache(path, "config.json")
+        file = Path(cached) if isinstance(cached, str) else file
     if not path or not file.is_file():
         return {}
     known = json.loads(file.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_sgopd.rollouts.sampler import Batch
+from megatron_sgopd.rollouts.batch import Batch
 from megatron_sgopd.types import Completion, Prompt, Rollout
 
 Columns = dict[str, Any]

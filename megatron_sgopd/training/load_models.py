@@ -18,7 +18,8 @@ from megatron_sgopd.config.schema import Config, FrozenConfig
 from megatron_sgopd.distributed.groups import Groups, inner_groups
 from megatron_sgopd.model.families import EMBEDDING, HEAD
 from megatron_sgopd.model.gpt import ShardedModel, build_model
-from megatron_sgopd.model.hf_reader import iter_safetensors, read_hf_config, resolve_hf_dir
+from megatron_sgopd.model.hf_location import read_hf_config, resolve_hf_dir
+from megatron_sgopd.model.hf_reader import iter_safetensors
 from megatron_sgopd.model.weight_stream import init_random_weights, load_hf_weights, load_stream
 from megatron_sgopd.training.frozen import Frozen
 from megatron_sgopd.training.objective import Objective

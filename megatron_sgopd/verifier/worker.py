@@ -11,7 +11,6 @@ Out: "ready" or "error MESSAGE" (JSON), then "ID [is_correct, extracted, reason,
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -28,13 +27,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from megatron_sgopd.distributed.failure import die_with_parent
 from megatron_sgopd.verifier.verdict import Verdict, compare
 
 Check = Callable[[str, str], Verdict]
 
 _ANSWERS_PER_WORKER = 2000  # then it is replaced: SymPy's and the grammar's caches only grow
 _EXTRACTED_CHARS = 4000  # what a verdict carries back at most
-_PR_SET_PDEATHSIG = 1
 _MORE, _LAST = b"+", b"-"  # first byte of a worker's reply: it goes on, or ends after this one
 
 
@@ -201,8 +200,8 @@ class Server:
 
 def _limit(server_pid: int, memory_bytes: int) -> None:
     """Die with the server; take no more memory than allowed; leave no core file."""
+    die_with_parent()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != server_pid:
             os._exit(0)
         with open("/proc/self/statm") as statm:  # what the verifier itself has mapped by now

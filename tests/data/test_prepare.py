@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from megatron_sgopd.config.schema import DataConfig
-from megatron_sgopd.data.problems import Problem, load_problems, render
+from megatron_sgopd.data.problems import Problem, load_problems
+from megatron_sgopd.data.rendering import render
 from tests.data.test_problems import byte_tokenizer
 from tests.support.set_files import (
     AIME,

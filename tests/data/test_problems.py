@@ -14,15 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sgopd.config.schema import DataConfig
-from megatron_sgopd.data.problems import (
-    Problem,
-    PromptStream,
-    load_problems,
-    load_tokenizer,
-    render,
-    share,
-    stop_token_ids,
-)
+from megatron_sgopd.data.problems import Problem, load_problems
+from megatron_sgopd.data.rendering import load_tokenizer, render, stop_token_ids
+from megatron_sgopd.data.stream import PromptStream, share
 from megatron_sgopd.types import Prompt
 
 SPECIALS = ["<eos>", "<|im_start|>", "<|im_end|>"]

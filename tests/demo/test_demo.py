@@ -335,7 +335,11 @@ def test_quick_makes_no_claim():
 
 def test_table_is_aligned():
     lines = table(compared(4, [5] * 10)).splitlines()
-    assert len({len(line) for line in lines}) == 1
+    head, rule, *rows = lines
+    assert len(rule) == max(map(len, lines)) and set(rule) == {"-"}
+    end = head.index("greedy") + len("greedy")
+    assert all(row[:end].split()[-1][-1].isdigit() or row[:end].endswith("-") for row in rows)
+    assert all(row[end : end + 1] in ("", " ") for row in rows), "numbers end below their heading"
     assert lines[-1].split()[:2] == ["sg_opd", "62.5"]
 
 

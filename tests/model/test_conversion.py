@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_sgopd.model.families import hf_shapes
-from megatron_sgopd.model.hf_reader import iter_safetensors, read_hf_config
+from megatron_sgopd.model.hf_location import read_hf_config
+from megatron_sgopd.model.hf_reader import iter_safetensors
 from megatron_sgopd.model.model_card import Origin, mark, model_card
 from tests.support import conversion_cases
 from tests.support.conversion_cases import FAMILIES, LAYOUTS, to_hf, to_megatron, weights_of

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sgopd.model.hf_reader import read_hf_config
+from megatron_sgopd.model.hf_location import read_hf_config
 from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
 from megatron_sgopd.types import Request
 from tests.support import model_cases, step_cases

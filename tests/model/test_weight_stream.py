@@ -15,14 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_sgopd.model.families import hf_shapes
-from megatron_sgopd.model.hf_reader import (
-    INDEX,
-    StoredWeights,
-    iter_safetensors,
-    read_hf_config,
-    resolve_hf_dir,
-    weight_files,
-)
+from megatron_sgopd.model.hf_location import INDEX, read_hf_config, resolve_hf_dir, weight_files
+from megatron_sgopd.model.hf_reader import StoredWeights, iter_safetensors
 from megatron_sgopd.model.hf_writer import write_hf_dir
 from megatron_sgopd.model.weight_stream import hf_names
 from tests.support import model_cases

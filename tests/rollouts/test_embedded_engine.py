@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PhiConfig
 
-from megatron_sgopd.model.hf_reader import iter_safetensors, read_hf_config
+from megatron_sgopd.model.hf_location import read_hf_config
+from megatron_sgopd.model.hf_reader import iter_safetensors
 from megatron_sgopd.rollouts import embedded_decoder as decoder
 from megatron_sgopd.rollouts import embedded_engine
 from megatron_sgopd.rollouts.embedded_engine import EmbeddedEngine

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from megatron_sgopd.config.schema import Config, DistillConfig, PhasesConfig, RolloutConfig
-from megatron_sgopd.rollouts.sampler import (
-    Sampler,
+from megatron_sgopd.rollouts.batch import (
     batch_metrics,
     generate_groups,
     mix_teacher_rollouts,
-    request_seed,
     solutions_as_rollouts,
     with_advantages,
 )
+from megatron_sgopd.rollouts.sampler import Sampler, request_seed
 from megatron_sgopd.types import Completion, Prompt, Request, Rollout
 from megatron_sgopd.verifier import Verdict
 

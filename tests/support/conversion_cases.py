@@ -25,7 +25,8 @@ from megatron_sgopd.model import conversion_ranks
 from megatron_sgopd.model.conversion_job import ToHf, ToMegatron, job_of_json
 from megatron_sgopd.model.families import hf_shapes
 from megatron_sgopd.model.gpt import ShardedModel
-from megatron_sgopd.model.hf_reader import StoredWeights, iter_safetensors, read_hf_config
+from megatron_sgopd.model.hf_location import read_hf_config
+from megatron_sgopd.model.hf_reader import StoredWeights, iter_safetensors
 from megatron_sgopd.model.hf_writer import write_hf_dir
 from megatron_sgopd.model.weight_stream import iter_hf_weights, join_parts, source_names
 from megatron_sgopd.training.checkpoint import Companions, TrainState, save_checkpoint

@@ -18,7 +18,8 @@ from megatron_sgopd.distributed.groups import Groups, inner_groups
 from megatron_sgopd.metrics import reduced_means
 from megatron_sgopd.model.families import hf_shapes
 from megatron_sgopd.model.gpt import ShardedModel, build_model
-from megatron_sgopd.model.hf_reader import iter_safetensors, read_hf_config
+from megatron_sgopd.model.hf_location import read_hf_config
+from megatron_sgopd.model.hf_reader import iter_safetensors
 from megatron_sgopd.model.hf_writer import write_hf_dir
 from megatron_sgopd.model.weight_stream import (
     hf_names,

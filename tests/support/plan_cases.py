@@ -30,7 +30,7 @@ from megatron_sgopd.config.schema import (
 )
 from megatron_sgopd.distributed.groups import Groups, inner_groups
 from megatron_sgopd.model.gpt import build_model
-from megatron_sgopd.model.hf_reader import read_hf_config
+from megatron_sgopd.model.hf_location import read_hf_config
 from megatron_sgopd.training.forward import forward
 from megatron_sgopd.training.frozen import Frozen
 from megatron_sgopd.training.objective import Objective

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.config.schema import VllmConfig
-from megatron_sgopd.model.hf_reader import read_hf_config
+from megatron_sgopd.model.hf_location import read_hf_config
 from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
 from megatron_sgopd.rollouts.vllm_servers.server import VllmServer, make_specs
 from megatron_sgopd.types import Request

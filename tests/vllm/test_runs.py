@@ -54,7 +54,9 @@ def servers(model: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        between = "megatron_sgopd.rollouts.vllm_servers.server" in line  # what sees to the server
+        between = (
+            "megatron_sgopd.rollouts.vllm_servers.supervisor" in line
+        )  # what sees to the server
         if not between and "vllm.entrypoints.openai.api_server" in line and str(model) in line:
             found.append(process)
     return found

@@ -32,7 +32,7 @@ from megatron_sgopd.config.schema import (
     VllmConfig,
 )
 from megatron_sgopd.metrics import mismatch_kl
-from megatron_sgopd.model.hf_reader import read_hf_config
+from megatron_sgopd.model.hf_location import read_hf_config
 from megatron_sgopd.model.weight_stream import iter_hf_weights, load_hf_weights
 from megatron_sgopd.rollouts.engine_jobs import OnFirstRank
 from megatron_sgopd.rollouts.make_engine import make_engine

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from megatron_sgopd.config.errors import ConfigError
+from megatron_sgopd.config.hub_names import is_hub_name
 from megatron_sgopd.preflight.plan.architecture import Architecture, of_config
 
 QWEN3_VOCAB, QWEN25_VOCAB, LLAMA_VOCAB = 151_936, 152_064, 128_256
@@ -55,7 +56,7 @@ def find_architecture(path: str, role: str) -> Architecture:
     local = Path(path)
     if (local / "config.json").is_file():
         return _read(local / "config.json", str(local / "config.json"))
-    if local.is_dir() or path.count("/") != 1 or path.startswith((".", "/")):
+    if not is_hub_name(path):
         raise ConfigError(
             f"model.{role}.hf_path is {path}, which has no config.json: give a Hugging Face "
             "directory (config.json is enough to plan) or a hub name OWNER/NAME"

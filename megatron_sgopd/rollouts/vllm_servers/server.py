@@ -1,40 +1,32 @@
-"""Starts a vLLM server in its own process and sees to it that nothing of it is left.
+"""Starts a vLLM server in a process of its own, under a supervisor.
 
-`python -m megatron_sgopd.rollouts.vllm_servers.server COMMAND …` stands between the trainer and a
-server: it holds the end of a pipe that closes when the trainer ends, however it ends, and then ends
-the server's whole session. This side imports neither torch nor vLLM.
+This side imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
-import select
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import VllmConfig
+from megatron_sgopd.rollouts.vllm_servers.supervisor import GRACE_S, LEFT_OVER_S
 from megatron_sgopd.versions import TESTED, installed, is_tested
 
 NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ROLE_", "GROUP_")
 EVERY_ADDRESS = ("0.0.0.0", "::")  # of the node, as a server's host
-GRACE_S = 15.0  # from SIGTERM to SIGKILL
-LEFT_OVER_S = 4.0  # the same for what a server leaves behind
-PR_SET_PDEATHSIG = 1
 
-MODULE = "megatron_sgopd.rollouts.vllm_servers.server"
+SUPERVISOR = "megatron_sgopd.rollouts.vllm_servers.supervisor"
 
 
 @dataclass(frozen=True)
@@ -136,7 +128,7 @@ class VllmServer:
         self.spec.folder.mkdir(parents=True, exist_ok=True)
         with open(self.spec.log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, *self.spec.command()],
+                [sys.executable, "-m", SUPERVISOR, *self.spec.command()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -279,76 +271,3 @@ def _importable(folder: Path) -> Path:
         with suppress(FileExistsError):  # another rank was faster
             link.symlink_to(Path(__file__).resolve().parents[2], target_is_directory=True)
     return place.resolve()
-
-
-# -- the process in between ------------------------------------------------------------------------
-
-
-def supervise(command: list[str], environment: Mapping[str, str], pipe: int) -> int:
-    """Runs the server until it ends, the pipe's other end closes, or a signal asks for it.
-
-    The server's exit code; 0 where it was ended from here.
-    """
-
-    def ended_with_us() -> None:  # should this process be killed
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # srun hands on the last
-        signal.signal(number, lambda *_: os.close(pipe))
-    with tempfile.TemporaryDirectory(prefix="sgopd-vllm-", ignore_cleanup_errors=True) as folder:
-        server = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            env={**environment, "VLLM_RPC_BASE_PATH": folder, "TMPDIR": folder},
-            start_new_session=True,
-            preexec_fn=ended_with_us,
-        )
-        asked = False
-        while server.poll() is None and not asked:
-            try:
-                ready = select.select([pipe], [], [], 0.2)[0]
-                asked = bool(ready) and not os.read(pipe, 1)
-            except (OSError, ValueError):  # closed by a signal
-                asked = True
-        shared = _shared_memory(server.pid)
-        if server.poll() is None:
-            server.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                server.wait(GRACE_S)
-        _end_session(server.pid)
-        for segment in shared:  # tensor parallel workers on CPUs leave theirs
-            segment.unlink(missing_ok=True)
-        return 0 if asked else server.wait()
-
-
-def _shared_memory(group: int) -> set[Path]:
-    """The segments that vLLM's processes in a session have mapped."""
-    found = set()
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(place.name)) == group:
-                lines = (place / "maps").read_text().splitlines()
-                found |= {line.split(None, 5)[5] for line in lines if " /dev/shm/" in line}
-        except OSError:  # it ended meanwhile
-            continue
-    return {Path(p) for p in found if Path(p).name.startswith(("vllm", "psm_"))}
-
-
-def _end_session(group: int) -> None:
-    """Whatever is left of the server: engine core, workers.
-
-    Python's trackers of shared memory ignore SIGTERM and give it back once the others are gone.
-    """
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + LEFT_OVER_S
-        try:
-            os.killpg(group, number)
-            while time.monotonic() < deadline:
-                os.killpg(group, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            return
-
-
-if __name__ == "__main__":
-    sys.exit(supervise(sys.argv[1:], os.environ, pipe=0))

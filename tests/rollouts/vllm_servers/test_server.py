@@ -60,7 +60,7 @@ def supervised() -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """A supervisor of a program with a child, and that family."""
     command = [sys.executable, "-c", FAMILY]
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_sgopd.rollouts.vllm_servers.server", *command],
+        [sys.executable, "-m", "megatron_sgopd.rollouts.vllm_servers.supervisor", *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
