@@ -1,11 +1,81 @@
-"""Folders that appear whole or not at all, and never take the place of somebody else's."""
+"""Writes files and folders that appear whole or not at all, and reads what was cut short.
+
+A folder never takes the place of one that somebody else made.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, *parts: bytes | str) -> None:
+    """Writes a file, and its folder, so that readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Named after the process: two that write the same file do not write into each other's.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON value, indented."""
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False), "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line."""
+    write_file(path, *map(json_line, rows))
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """Encodes one line of JSON, its end included."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as a byte-level tokenizer may leave
+        return (json.dumps(row) + "\n").encode()
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Reads the rows of a JSONL file: none where it is missing, without a last line cut short.
+
+    A process that was killed leaves such a line.
+
+    Raises:
+        ValueError: any other line that is not a JSON object, with its place.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}:{number}: not JSON ({error}); mend it or remove the file"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}:{number}: a JSON object is wanted, got {type(row).__name__}"
+                )
+            yield row
+
+
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def begin_folder(path: Path) -> Path:

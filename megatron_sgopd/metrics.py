@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+from megatron_sgopd.atomic_files import read_json_lines, write_json_lines
+from megatron_sgopd.config.schema import LoggingConfig
+from megatron_sgopd.run_folder import METRICS
+from megatron_sgopd.types import Rollout
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 
@@ -71,40 +76,47 @@ def mismatch_kl(engine: Tensor, trainer: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-class MetricsWriter:
-    """Appends one JSON object a step to metrics.jsonl; on resume cuts it back to the checkpoint."""
+class StepLog:
+    """Writes a run's metrics.jsonl, and now and then a step's rollouts."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, logging: LoggingConfig, first_step: int) -> None:
         """Keeps the lines of steps up to `first_step` (steps done) and goes on after them."""
-        kept = [row for row in read_metrics(path) if row["step"] <= first_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(path)
+        self._folder, self._logging = folder, logging
+        path = folder / METRICS
+        write_json_lines(path, [r for r in read_json_lines(path) if r["step"] <= first_step])
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One row; floats keep 7 significant digits."""
+        """Appends a step's row; floats keep 7 significant digits."""
         row: dict[str, Any] = {"step": step}
         row |= {k: float(f"{v:.7g}") for k, v in sorted(metrics.items())}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
+    def write_rollouts(
+        self, step: int, rollouts: Sequence[Rollout], decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        """Writes rollouts/step-N.jsonl where `logging.rollouts_every` says so."""
+        logging = self._logging
+        if not logging.rollouts_every or not (step == 1 or step % logging.rollouts_every == 0):
+            return
+        rows = [
+            {
+                "step": step,
+                "prompt": rollout.prompt.text,
+                "completion": decode(rollout.completion.token_ids),
+                "answer": rollout.prompt.answer,
+                "is_correct": rollout.is_correct,
+                "source": rollout.source,
+                "verifier_advantage": rollout.verifier_advantage,
+            }
+            for rollout in rollouts[: logging.rollouts_kept]
+        ]
+        write_json_lines(self._folder / "rollouts" / f"step-{step:06d}.jsonl", rows)
+
     def close(self) -> None:
+        """Closes metrics.jsonl."""
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a half-written last line (a killed run) is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 class Clock:

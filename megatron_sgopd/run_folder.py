@@ -1,15 +1,24 @@
-"""A run's directory: the resolved recipe goes into it, and another run's is refused."""
+"""Names and rules of a run's folder: its files, who asks it to stop, what a resume may change.
+
+An evaluation's folder has the same recipe, status, STOP and errors. docs/run_folder.md lists all.
+"""
 
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
-import torch.distributed as dist
-
+from megatron_sgopd.atomic_files import write_file
 from megatron_sgopd.config.load import diff, load_config, to_yaml
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.distributed.groups import Groups
+
+RECIPE = "config.yaml"  # resolved, with what was measured
+STATUS = "status"  # running, stopped, finished or failed
+STOP = "STOP"  # a person, a signal or Slurm asks for the end after this step
+ERRORS = "errors"  # a record for each rank that failed
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
 
 # What may change between a run and its resumption without making it another run.
 RESUMABLE = (
@@ -17,7 +26,10 @@ RESUMABLE = (
     "logging.",
     "checkpoint.",
     "evaluation.",
-    "verifier.",
+    # How answers are judged must not change halfway; where and how fast may.
+    "verifier.timeout_s",
+    "verifier.num_workers",
+    "verifier.memory_mb",
     "rollout.vllm.",  # where servers are and how they are reached
     "parallel.distrib",
     # Another way to the same sums: what somebody changes who ran out of memory.
@@ -30,20 +42,71 @@ RESUMABLE = (
 )
 
 
-def prepare_run_dir(config: Config, run_dir: Path, groups: Groups, *, resuming: bool) -> None:
-    """Writes the resolved recipe; refuses a folder that holds another run."""
-    if groups.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        written = run_dir / "config.yaml"
-        if resuming and written.exists():
-            _check_same_run(config, load_config(written, []), run_dir)
-        (run_dir / "STOP").unlink(missing_ok=True)
-        shutil.rmtree(run_dir / "errors", ignore_errors=True)
-        written.write_text(to_yaml(config), encoding="utf-8")
-    dist.barrier()
+def claim_run_folder(config: Config, folder: Path, *, resuming: bool) -> None:
+    """Writes the resolved recipe and removes what an earlier attempt left. On the first rank.
+
+    Raises:
+        ValueError: the folder holds checkpoints of a run with other settings, naming them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if resuming and (folder / RECIPE).exists():
+        _check_same_run(config, load_config(folder / RECIPE), folder)
+    clear_attempt(folder)
+    write_recipe(folder, config)
 
 
-def _check_same_run(config: Config, before: Config, run_dir: Path) -> None:
+def clear_attempt(folder: Path) -> None:
+    """Removes the request to stop and the errors of an earlier attempt."""
+    (folder / STOP).unlink(missing_ok=True)
+    shutil.rmtree(folder / ERRORS, ignore_errors=True)
+
+
+def write_recipe(folder: Path, config: Config) -> None:
+    """Writes the resolved recipe."""
+    write_file(folder / RECIPE, to_yaml(config))
+
+
+def read_recipe(folder: Path) -> str:
+    """Reads the resolved recipe's text."""
+    return (folder / RECIPE).read_text(encoding="utf-8")
+
+
+def set_status(folder: Path, status: str) -> None:
+    """Writes what the run is: running, stopped, finished or failed."""
+    write_file(folder / STATUS, status, "\n")
+
+
+def read_status(folder: Path) -> str | None:
+    """Reads what the run is; None where nothing was begun."""
+    path = folder / STATUS
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Asks the run to stop after its step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP).touch()
+
+
+class StopRequest:
+    """Whether somebody asked for the end: SIGTERM or SIGUSR1 to this process, or FOLDER/STOP.
+
+    `looks`: whether this rank looks for the file; one is enough.
+    """
+
+    def __init__(self, folder: Path, *, looks: bool = True) -> None:
+        self._folder, self._looks, self._signalled = folder, looks, False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        return self._signalled or (self._looks and (self._folder / STOP).exists())
+
+
+def _check_same_run(config: Config, before: Config, folder: Path) -> None:
     changed = {
         key: values
         for key, values in diff(before, config).items()
@@ -53,6 +116,6 @@ def _check_same_run(config: Config, before: Config, run_dir: Path) -> None:
     if changed:
         listed = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in sorted(changed.items()))
         raise ValueError(
-            f"{run_dir} holds checkpoints of a run with other settings ({listed}): set them back "
+            f"{folder} holds checkpoints of a run with other settings ({listed}): set them back "
             "to resume it, or choose another name or logging.run_dir"
         )

@@ -6,10 +6,9 @@ directory. `run` puts together what the loop holds.
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd import sgopd
+from megatron_sgopd.atomic_files import read_json_lines, write_json, write_json_lines
 from megatron_sgopd.config.evaluation import samples_per_problem
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.distributed.failure import failing_together
 from megatron_sgopd.evaluation.accuracy import summarize, summarize_benchmarks
 from megatron_sgopd.evaluation.ask import evaluate, tasks_of
-from megatron_sgopd.evaluation.samples import write_lines
 from megatron_sgopd.metrics import Clock, peak_memory, progress_bar, reduced_means
+from megatron_sgopd.model.checkpoint_files import RECIPE
 from megatron_sgopd.model.families import hf_shapes
 from megatron_sgopd.model.hf_writer import MARK, README, write_hf_dir
 from megatron_sgopd.model.model_card import mark, model_card
@@ -36,12 +36,13 @@ from megatron_sgopd.rollouts.batch import (
     solutions_as_rollouts,
 )
 from megatron_sgopd.rollouts.pending import to_columns
-from megatron_sgopd.run import Run, assemble
-from megatron_sgopd.training.checkpoint import save_checkpoint
+from megatron_sgopd.run import Run, start_run
+from megatron_sgopd.run_folder import SUMMARY
+from megatron_sgopd.training.checkpoint import Companions, save_checkpoint
 from megatron_sgopd.training.step import train_step
 from megatron_sgopd.training.tie_width import measure_tie_width
 from megatron_sgopd.training.weight_sync import StaleWeights
-from megatron_sgopd.types import EngineLost
+from megatron_sgopd.types import EngineLost, Rollout
 from megatron_sgopd.versions import installed
 
 
@@ -52,45 +53,41 @@ def main(config: Config) -> None:
 
 
 def train(config: Config) -> None:
-    """The method's algorithm (docs/method.md, "One step"), from wherever the run stands."""
-    run, started = assemble(config), time.time()
-    state = run.state
-    if run.resumed:
-        run.say(f"{config.name}: resumed at step {state.step} of {config.num_steps}")
+    """Runs the method's algorithm (docs/method.md, "One step"), from wherever the run stands."""
+    run, started = start_run(config), time.time()
+    state, models = run.state, run.models
     if config.evaluation.at_start and state.step == 0:
         evaluate_and_write(run, "start")
-    bar = progress_bar(config.name, config.num_steps, initial=state.step, show=run.shows)
+    bar = progress_bar(config.name, config.num_steps, initial=state.step, show=run.shows_progress)
     clock = Clock()
     with checkpoint_when_engines_are_lost(run):
         while state.step < config.num_steps and not run.stop_requested():
             with clock.span("rollout"):
                 batch = next_batch(run, state.step)
-            if state.gate_eps is None and run.teacher is not None and run.objective().is_gated:
-                width = measure_tie_width(run.student, run.teacher, batch.rollouts, config)
+            if state.gate_eps is None and models.teacher is not None and run.objective().is_gated:
+                width = measure_tie_width(models.student, models.teacher, batch.rollouts, config)
                 run.set_gate_eps(width)
             metrics = train_step(
-                run.student,
-                run.teacher,
-                run.reference,
+                models.student,
+                models.teacher,
+                models.reference,
                 batch.rollouts,
                 run.objective(),
                 config,
                 clock,
             )
-            sums = batch_metrics(batch, state.policy_version)
-            metrics |= reduced_means(sums, sums, run.groups.dp_group, run.groups.device)
-            metrics |= peak_memory(run.groups.device)
+            metrics |= metrics_of(run, batch)
             state.step += 1
             state.policy_version += 1
-            run.row = (metrics, batch.rollouts)
-            if run.engine is not None:
+            try:
                 with clock.span("push_weights"):
-                    metrics |= run.push_weights()
-            if due(state.step, config.evaluation.every):
-                with clock.span("evaluate"):
-                    metrics |= evaluate_during(run)
-                    keep_best(run, metrics)
-            run.log(clock.take("step") | batch.seconds)
+                    metrics |= run.engines.push_weights(state.policy_version)
+                if due(state.step, config.evaluation.every):
+                    with clock.span("evaluate"):
+                        metrics |= evaluate_during(run)
+                        keep_best(run, metrics)
+            finally:  # what was trained is logged, also where its weights reach no engine
+                log(run, metrics | clock.take("step") | batch.seconds, batch.rollouts)
             if due(state.step, config.checkpoint.every) and state.step < config.num_steps:
                 save(run)
             bar.update()
@@ -101,61 +98,72 @@ def train(config: Config) -> None:
 
 @contextmanager
 def checkpoint_when_engines_are_lost(run: Run) -> Iterator[None]:
-    """What was trained is kept: the run can go on when its engines are there again."""
+    """Keeps what was trained: the run can go on when its engines are there again."""
     try:
         yield
     except (EngineLost, StaleWeights) as error:  # on every rank
-        run.log({})  # the step whose weights could not be pushed
         keep = run.config.checkpoint.keep
-        path = save_checkpoint(run.dir, run.student, run.state, keep, run.companions())
+        path = save_checkpoint(run.folder, run.models.student, run.state, keep, companions(run))
         message = f"{error}. {path} has what was trained: train again to resume"
         raise type(error)(message) from error
 
 
 def next_batch(run: Run, step: int) -> Batch:
-    """The step's rollouts; with a policy lag the next step's are begun before they are needed."""
-    if run.begun != step:
+    """Returns the step's rollouts; with a policy lag the next step's are begun before needed."""
+    if run.engines.begun != step:
         begin_batch(run, step)
-    batch: Batch = run.jobs.result()
-    run.begun = None
-    for engine in run.engines():
-        engine.sleep()
+    batch: Batch = run.engines.result()
     if run.config.rollout.max_policy_lag and step + 1 < run.config.num_steps:
         begin_batch(run, step + 1)
     return batch
 
 
 def begin_batch(run: Run, step: int) -> None:
-    if run.teacher_fraction(step) > 0.0:
-        run.open_teacher_engine()
-    else:
-        run.close_teacher_engine()
-    for engine in run.engines():
-        engine.wake_up()
-    run.jobs.begin(partial(make_batch, run, step))
-    run.begun = step
+    """Begins to make a step's rollouts; the teacher's engine is there while it is asked."""
+    with_teacher = run.teacher_fraction(step) > 0.0
+    run.engines.begin(step, partial(make_batch, run, step), with_teacher=with_teacher)
+
+
+def metrics_of(run: Run, batch: Batch) -> dict[str, float]:
+    """Returns what a step logs about its rollouts and its memory, over all replicas. Collective."""
+    groups = run.groups
+    sums = batch_metrics(batch, run.state.policy_version - 1)  # of before this step's update
+    return reduced_means(sums, sums, groups.dp_group, groups.device) | peak_memory(groups.device)
+
+
+def log(run: Run, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
+    """Writes the step's row, and now and then its rollouts, on rank 0."""
+    if run.log is not None:
+        run.log.write(run.state.step, metrics)
+        run.log.write_rollouts(run.state.step, rollouts, run.sampler.decode)
 
 
 def save(run: Run) -> Path:
-    """A checkpoint, with the rollouts that were begun ahead of their step: none is made twice."""
-    pending = None
-    if run.begun is not None:
-        batch = run.jobs.result()
-        run.jobs.hand_back(batch)
-        pending = to_columns(batch)
+    """Saves a checkpoint, with the rollouts that were begun ahead: none is made twice."""
+    made = run.engines.made_ahead()
+    pending = None if made is None else to_columns(made)
     keep = run.config.checkpoint.keep
-    return save_checkpoint(run.dir, run.student, run.state, keep, run.companions(), pending)
+    return save_checkpoint(
+        run.folder, run.models.student, run.state, keep, companions(run), pending
+    )
+
+
+def companions(run: Run) -> Companions | None:
+    """Returns what makes a checkpoint self-contained, on the rank that writes it."""
+    if not run.is_first:
+        return None
+    return Companions(run.models.student_dir, {RECIPE: run.recipe(), MARK: mark(run.origin())})
 
 
 def make_batch(run: Run, step: int) -> Batch:
-    """This replica's share of the step's rollouts, labelled, with teacher rollouts mixed in."""
+    """Makes this replica's share of the step's rollouts, labelled, teacher rollouts mixed in."""
     config, sampler = run.config, replace(run.sampler, clock=Clock())
     prompts, first = run.prompts_of(step)
     if config.distill.method == "sft":
         solutions = [[r] for r in solutions_as_rollouts(prompts)]
         return Batch(solutions, student_groups=[])
-    assert run.engine is not None, "on-policy methods have an engine"
-    groups = generate_groups(sampler, run.engine, prompts, step=step, first_prompt=first)
+    assert run.engines.student is not None, "on-policy methods have an engine"
+    groups = generate_groups(sampler, run.engines.student, prompts, step=step, first_prompt=first)
     batch = Batch(groups, student_groups=groups)
     if (fraction := run.teacher_fraction(step)) > 0.0:
         slots = sgopd.teacher_slots(
@@ -166,24 +174,24 @@ def make_batch(run: Run, step: int) -> Batch:
             seed=config.seed,
             step=step,
         )
-        assert run.teacher_engine is not None, "opened before the job"
+        assert run.engines.teacher is not None, "opened before the job"
         batch = mix_teacher_rollouts(
-            sampler, run.teacher_engine, groups, slots, step=step, first_prompt=first
+            sampler, run.engines.teacher, groups, slots, step=step, first_prompt=first
         )
     return replace(batch, seconds=sampler.clock.take())
 
 
 def evaluate_during(run: Run) -> dict[str, float]:
-    """avg@k on the development set, for the learning curve."""
-    sets, k = run.during_benchmarks, run.config.evaluation.during_k
-    if run.engine is None or not sets:
+    """Measures avg@k on the development set, for the learning curve. Collective."""
+    sets, k, engines = run.benchmarks["during"], run.config.evaluation.during_k, run.engines
+    if engines.student is None or not sets:
         return {}
-    records = evaluate(run.sampler, run.engine, sets, n=k, greedy=False, jobs=run.jobs)
+    records = evaluate(run.sampler, engines.student, sets, n=k, greedy=False, jobs=engines.jobs)
     return {"evaluation/avg_at_k": float(summarize(records)["avg_at_k"])}
 
 
 def keep_best(run: Run, metrics: dict[str, float]) -> None:
-    """The student as a Hugging Face directory where it is better than all before. Collective."""
+    """Exports the student where it is better than all before. Collective."""
     state, score = run.state, metrics.get("evaluation/avg_at_k")
     if score is None or not run.config.checkpoint.save_hf_best:
         return
@@ -193,7 +201,7 @@ def keep_best(run: Run, metrics: dict[str, float]) -> None:
 
 
 def best(run: Run) -> dict[str, Any] | None:
-    """Which evaluation during training was the best, for summary and model card."""
+    """Describes the best evaluation during training, for summary and model card."""
     state, k = run.state, run.config.evaluation.during_k
     if state.best_step is None:
         return None
@@ -201,13 +209,13 @@ def best(run: Run) -> dict[str, Any] | None:
 
 
 def export(run: Run, folder: str, results: dict[str, Any]) -> None:
-    """The student to RUN_DIR/FOLDER as a Hugging Face directory. Collective."""
-    model = run.student.model
+    """Writes the student to RUN_DIR/FOLDER as a Hugging Face directory. Collective."""
+    model = run.models.student.model
     write_hf_dir(
-        run.dir / folder,
-        run.student_dir,
+        run.folder / folder,
+        run.models.student_dir,
         iter_hf_weights(model),
-        hf_shapes(run.hf_config),
+        hf_shapes(model.hf_config),
         model.dtype,
         texts={README: card(run, results), MARK: mark(run.origin())} if run.is_first else None,
         writes=run.is_first,
@@ -215,44 +223,47 @@ def export(run: Run, folder: str, results: dict[str, Any]) -> None:
 
 
 def card(run: Run, results: dict[str, Any]) -> str:
+    """Writes the model card's text."""
     return model_card(run.origin(), recipe=run.recipe(), step=run.state.step, results=results)
 
 
 def evaluate_and_write(run: Run, name: str) -> dict[str, Any]:
-    """The full evaluation, to evaluation/NAME.jsonl; the summary of its records."""
-    e = run.config.evaluation
-    if run.engine is None or not run.benchmarks:
+    """Runs the full evaluation, to evaluation/NAME.jsonl; returns its summary. Collective."""
+    e, sets, engines = run.config.evaluation, run.benchmarks["final"], run.engines
+    if engines.student is None or not sets:
         return {}
     n = samples_per_problem(e)
-    total = len(tasks_of(run.benchmarks, n, e.greedy))
+    total = len(tasks_of(sets, n, e.greedy))
     share = -(-total // run.groups.dp_size)  # of the first replica, which is shown
-    bar = progress_bar(f"{run.config.name}: evaluate", share, show=run.shows, unit="answer")
+    bar = progress_bar(
+        f"{run.config.name}: evaluate", share, show=run.shows_progress, unit="answer"
+    )
     records = evaluate(
         run.sampler,
-        run.engine,
-        run.benchmarks,
+        engines.student,
+        sets,
         n=n,
         greedy=e.greedy,
-        jobs=run.jobs,
+        jobs=engines.jobs,
         advance=bar.update,
     )
     bar.close()
     if run.is_first:
-        write_lines(run.dir / "evaluation" / f"{name}.jsonl", records)
+        write_json_lines(run.folder / "evaluation" / f"{name}.jsonl", records)
     return summarize_benchmarks(
         records, e.k, bootstrap_samples=e.bootstrap_samples, seed=run.config.seed
     )
 
 
 def finish(run: Run, seconds: float) -> None:
-    """Checkpoint, Hugging Face export, last evaluation, summary; or the checkpoint alone."""
-    config, state = run.config, run.state
+    """Saves, exports, evaluates and sums up a finished run; of a stopped one, saves."""
+    config, state, engine = run.config, run.state, run.engines.student
     finished = state.step >= config.num_steps
     if config.checkpoint.at_end or not finished:
-        run.say(f"{config.name}: checkpoint {save(run)}")
+        run.say(f"checkpoint {save(run)}")
     if not finished:
         run.set_status("stopped")
-        run.say(f"{config.name}: stopped on request at step {state.step}; train again to go on")
+        run.say(f"stopped on request at step {state.step}; train again to go on")
         run.close()
         return
     if config.checkpoint.save_hf:
@@ -267,37 +278,37 @@ def finish(run: Run, seconds: float) -> None:
             "seconds": round(seconds, 1),
             "seed": config.seed,
             "seeds": [config.seed],
-            "initial_avg_at_k": initial_avg_at_k(run.dir),
+            "initial_avg_at_k": initial_avg_at_k(run.folder),
             "teacher_avg_at_k": None,  # a run does not evaluate its teacher
-            "engine": run.engine.name if run.engine else None,
-            "engine_version": run.engine.version if run.engine else None,
+            "engine": engine.name if engine else None,
+            "engine_version": engine.version if engine else None,
             "versions": {package: installed(package) for package in ("torch", "transformers")},
             "gate_eps": state.gate_eps,
             "best": best(run),
             **results,
         }
-        (run.dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(run.folder / SUMMARY, summary)
         if config.checkpoint.save_hf:
-            (run.dir / "hf" / README).write_text(card(run, summary), encoding="utf-8")
+            (run.folder / "hf" / README).write_text(card(run, summary), encoding="utf-8")
     run.set_status("finished")
     run.close()
 
 
 def initial_avg_at_k(run_dir: Path) -> float | None:
-    """Of the student before, where `evaluation.at_start` left its records."""
+    """Returns avg@k of the student before, where `evaluation.at_start` left its records."""
     path = run_dir / "evaluation" / "start.jsonl"
     if not path.is_file():
         return None
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return float(summarize(records)["avg_at_k"])
+    return float(summarize(list(read_json_lines(path)))["avg_at_k"])
 
 
 def due(step: int, every: int) -> bool:
+    """Tells whether what happens every so many steps (0: never) happens after this one."""
     return every > 0 and step % every == 0
 
 
 def headline(metrics: dict[str, float]) -> str:
-    """What a person wants beside the bar."""
+    """Writes what a person wants to see beside the progress bar."""
     shown = {
         "accuracy": "rollout/accuracy",
         "KL": "distill/reverse_kl",

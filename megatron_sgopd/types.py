@@ -82,41 +82,59 @@ class EngineLost(ConnectionError):
 class Engine(Protocol):
     """Makes completions; all that calls `stream` runs as a job (`engine_jobs`).
 
-    An embedded engine is called by every rank of the replica with the same requests, and the
-    completions come on its first rank; an engine behind HTTP is called by the first rank alone.
+    Every rank calls the other methods, at the same points; they may be collective.
+
+    Attributes:
+        name, version: of the software that decodes, for the records.
+        policy_version: of the weights that it holds; -1 before the first push.
+        every_rank_asks: it decodes in the trainer's ranks. Then all ranks of a replica pass the
+            same requests and the completions come on its first rank; else that rank asks alone.
+        awaits_weights: it answers only after `push_weights`.
     """
 
     name: str
     version: str
     policy_version: int
+    every_rank_asks: bool
+    awaits_weights: bool
 
     @property
     def answered(self) -> int:
-        """Requests answered so far, none of which a job that is done again repeats."""
+        """Counts the requests answered so far; one that a repeated job asks again counts once."""
         ...
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """(index of the request, completion), as they finish."""
+        """Yields (index of the request, completion) as they finish. Raises EngineLost."""
         ...
 
     def push_weights(self, weights: Callable[[], WeightStream], policy_version: int) -> None:
-        """`weights` begins the (collective) stream anew each time. Called by every rank."""
+        """Takes the weights; each call of `weights` begins the (collective) stream anew."""
         ...
 
     def recover(self) -> None:
-        """After EngineLost. Called by every rank."""
+        """Brings back what an EngineLost was about."""
         ...
 
     def sleep(self) -> None:
-        """The trainer is about to train: an engine on its devices makes room."""
+        """Makes room on devices that it shares with the trainer, which is about to train."""
         ...
 
     def wake_up(self) -> None:
-        """Before a job that asks it. Called by every rank."""
+        """Gets ready for a job after `sleep`."""
         ...
 
     def forget(self) -> None:
-        """The job whose requests these were is done."""
+        """Drops the answers that were kept in case their job had to be done again."""
         ...
 
-    def close(self) -> None: ...
+    def probe(self, ask: Callable[[Any], Any]) -> list[tuple[str, Any]]:
+        """Asks each server of this rank by itself: (URL, answer). [] where there is no server."""
+        ...
+
+    def incidents(self) -> dict[str, float]:
+        """Returns metrics of servers lost and brought back so far; {} where there are none."""
+        ...
+
+    def close(self) -> None:
+        """Frees what it holds; it cannot be used afterwards."""
+        ...

@@ -9,24 +9,26 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sgopd.metrics import Clock, MetricsWriter, add_up, progress_bar, read_metrics
+from megatron_sgopd.atomic_files import read_json_lines
+from megatron_sgopd.config.schema import LoggingConfig
+from megatron_sgopd.metrics import Clock, StepLog, add_up, progress_bar
 from tests.support import model_cases
 
 
 def write(path: Path, first: int, steps: range) -> None:
-    writer = MetricsWriter(path, first)
+    writer = StepLog(path.parent, LoggingConfig(), first)
     for step in steps:
         writer.write(step, {"loss/total": step / 3})
     writer.close()
 
 
 def steps_of(path: Path) -> list[int]:
-    return [row["step"] for row in read_metrics(path)]
+    return [row["step"] for row in list(read_json_lines(path))]
 
 
 def test_rows_are_appended_and_keep_seven_digits(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
-    writer = MetricsWriter(path, 0)
+    writer = StepLog(path.parent, LoggingConfig(), 0)
     writer.write(1, {"b/x": 1 / 3, "a/y": 1e-12, "a/z": 3.0})
     assert path.read_text().endswith("\n")  # on disk before close
     writer.close()
@@ -39,7 +41,7 @@ def test_resuming_cuts_back_to_the_checkpoint(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, range(1, 6))
-    MetricsWriter(path, resumed_at).close()
+    StepLog(path.parent, LoggingConfig(), resumed_at).close()
     assert steps_of(path) == left
     write(path, resumed_at, range(resumed_at + 1, resumed_at + 3))
     assert steps_of(path) == [*left, resumed_at + 1, resumed_at + 2]
@@ -58,7 +60,7 @@ def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
 
 
 def test_no_file_is_no_rows(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert list(read_json_lines(tmp_path / "metrics.jsonl")) == []
 
 
 def test_add_up_takes_names_from_any_part() -> None:

@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 
+from megatron_sgopd.atomic_files import write_file
 from megatron_sgopd.cli.common import Commands, add_command, add_recipe
 from megatron_sgopd.cli.train import is_finished
 from megatron_sgopd.config.load import load_config
@@ -90,9 +91,7 @@ def table(arguments: argparse.Namespace) -> int:
     rows = read_summaries(arguments.out)
     text = models_table(rows)
     for name, content in (("table.json", json.dumps(rows, indent=1)), ("table.txt", text)):
-        temporary = arguments.out / f"{name}.tmp"
-        temporary.write_text(content + "\n", encoding="utf-8")
-        temporary.replace(arguments.out / name)
+        write_file(arguments.out / name, content, "\n")
     print(text)
     missing = [each for each in arguments.wanted if not (arguments.out / each / SUMMARY).is_file()]
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_sgopd.atomic_files import write_json
 from megatron_sgopd.cli.common import Commands, add_command
 from megatron_sgopd.config.errors import ConfigError
 
@@ -36,5 +37,5 @@ def compare(arguments: argparse.Namespace) -> int:
     for note in comparison["notes"]:
         print(f"not the same: {note}")
     if arguments.json:
-        folder.write_json(arguments.json, comparison)
+        write_json(arguments.json, comparison)
     return 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 
+from megatron_sgopd.atomic_files import write_file
 from megatron_sgopd.cli.common import Commands, add_command, add_recipe
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import load_config
@@ -62,9 +62,7 @@ def _gpu(arguments: argparse.Namespace) -> Gpu:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_file(path, text, "\n")
     except OSError as error:
         raise ConfigError(f"--json {path} cannot be written ({error.strerror})") from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.atomic_files import read_json_lines
 from megatron_sgopd.demo.arms import BASELINE, LIFT_BAR
 from megatron_sgopd.evaluation.accuracy import Difference, Record, paired_difference, summarize
 from megatron_sgopd.evaluation.tables import aligned, interval, percent
@@ -17,7 +17,7 @@ QUICK_VERDICT = "Quick form: a few steps on a few problems, which make no claim 
 def read_evaluation(run_dir: Path) -> list[dict[str, Any]]:
     """The records of evaluation/final.jsonl."""
     path = run_dir / "evaluation" / "final.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(read_json_lines(path))
 
 
 def compare(

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.atomic_files import write_json
+
 MARKER = "phase.json"
 _LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers", "numpy", "math-verify")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -98,9 +100,7 @@ def clear(directory: Path) -> None:
 def mark_finished(directory: Path, key: str, seconds: float) -> None:
     """Makes the folder reusable."""
     content = {"key": key, "seconds": round(seconds, 1), "files": file_hashes(directory)}
-    temporary = directory / f"{MARKER}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(directory / MARKER)
+    write_json(directory / MARKER, content)
 
 
 def _version(name: str) -> str | None:

@@ -20,7 +20,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.atomic_files import write_json
+from megatron_sgopd.run_folder import ERRORS, set_status
+
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_ECHOES = (
+    "gloo/transport",
+    "connection closed by peer",
+    "connection reset by peer",
+    "nccl error",
+    "nccl communicator",
+)
 SETTLE_S = 1.0  # a peer's connection may close before the first rank's record is on disk
 
 
@@ -54,28 +64,27 @@ def _leave(run_dir: Path, rank: int, error: BaseException) -> None:
     else:
         text = "".join(f"[rank {rank}] {line}\n" for line in own["traceback"].splitlines())
         sys.stderr.write(text)
-    (run_dir / "status").write_text("failed\n", encoding="utf-8")
+    set_status(run_dir, "failed")
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(1)
 
 
 def _is_echo(error: BaseException) -> bool:
-    """Whether the error looks like a peer's end rather than a fault of this rank's own."""
-    text = f"{type(error).__name__} {error}".lower()
-    marks = (
-        "connection closed",
-        "connection reset",
-        "gloo",
-        "nccl",
-        "connection refused",
-        "broken",
-    )
-    return isinstance(error, KeyboardInterrupt) or any(mark in text for mark in marks)
+    """Tells whether an error is a peer's end as a collective reports it, not this rank's own fault.
+
+    Decided by type, since an error of this package may quote a peer's words ("Connection refused"):
+    torch.distributed has its own types; gloo and NCCL also raise plain RuntimeErrors.
+    """
+    kind = type(error)
+    if kind.__module__.startswith("torch."):
+        return kind.__name__.startswith("Dist")
+    text = str(error).lower()
+    return kind is KeyboardInterrupt or (kind is RuntimeError and any(m in text for m in _ECHOES))
 
 
 def error_file(run_dir: Path, rank: int) -> Path:
-    return run_dir / "errors" / f"rank-{rank:05d}.json"
+    return run_dir / ERRORS / f"rank-{rank:05d}.json"
 
 
 def record_error(run_dir: Path, rank: int, error: BaseException) -> dict[str, Any]:
@@ -88,18 +97,14 @@ def record_error(run_dir: Path, rank: int, error: BaseException) -> dict[str, An
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    path = error_file(run_dir, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record), encoding="utf-8")
-    temporary.replace(path)
+    write_json(error_file(run_dir, rank), record)
     return record
 
 
 def first_error(run_dir: Path) -> dict[str, Any] | None:
     """The earliest record that is no echo of another; the earliest of all where all are."""
     records = []
-    for path in (run_dir / "errors").glob("rank-*.json"):
+    for path in (run_dir / ERRORS).glob("rank-*.json"):
         records.append(json.loads(path.read_text(encoding="utf-8")))
     return min(records, key=lambda r: (r["echo"], r["time"]), default=None)
 

@@ -7,6 +7,7 @@ to the engines and the verifier. A frozen model may have a layout of its own on 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -259,6 +260,18 @@ def shutdown() -> None:
         dist.destroy_process_group(group)
 
 
+def alignment(*layouts: Groups) -> int:
+    """Returns what a micro-batch's length must be a multiple of: sequence parallelism cuts it."""
+    return math.lcm(*(g.tp_size for g in layouts if g.config.sequence_parallel))
+
+
+def sequence_alignment(groups: Groups) -> int:
+    """Returns what each packed sequence's length must be a multiple of: context parallel ranks
+    take two parts of it each.
+    """
+    return 2 * groups.cp_size if groups.cp_size > 1 else 1
+
+
 def broadcast_object(value: Any, groups: Groups) -> Any:
     """The replica's first rank's value on all its ranks."""
     group = groups.replica_group
@@ -266,6 +279,13 @@ def broadcast_object(value: Any, groups: Groups) -> Any:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    return box[0]
+
+
+def from_first_rank(value: Any) -> Any:
+    """Broadcasts rank 0's value to all ranks of the job; the others' values do not count."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
     return box[0]
 
 

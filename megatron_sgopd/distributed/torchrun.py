@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_sgopd.distributed.failure import account, die_with_parent, error_file, first_error
+from megatron_sgopd.run_folder import ERRORS, ask_to_stop, set_status
 
 GRACE_S = 4  # from a rank's failure to SIGKILL for those that do not come down by themselves
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -39,7 +40,7 @@ def run_ranks(
 
     0: finished, or stopped on request with a checkpoint; 1: failed.
     """
-    shutil.rmtree(run_dir / "errors", ignore_errors=True)  # of an earlier attempt
+    shutil.rmtree(run_dir / ERRORS, ignore_errors=True)  # of an earlier attempt
     torchrun = ["--standalone", f"--nproc-per-node={num_processes}", "-m", module, *arguments]
     environment = {
         "OMP_NUM_THREADS": "1",
@@ -60,7 +61,7 @@ def run_ranks(
         code = stopper.wait()
         stopper.forget()
     if code < 0:  # torchrun itself was killed, and its ranks with it
-        _write_status(run_dir, "failed")
+        _set_failed(run_dir)
         print(f"\nthe run was killed (signal {-code})", file=sys.stderr, flush=True)
     return 0 if code == 0 else 1
 
@@ -70,7 +71,7 @@ class _Stopper:
 
     def __init__(self, agent: subprocess.Popen[bytes], run_dir: Path, stopping: str | None) -> None:
         self._stopping = stopping
-        self._agent, self._stop_file, self._asked = agent, run_dir / "STOP", False
+        self._agent, self._run_dir, self._asked = agent, run_dir, False
         self._kept = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -78,16 +79,12 @@ class _Stopper:
             self._agent.kill()
             return
         self._asked = True
-        self._ask()
+        ask_to_stop(self._run_dir)
         print(
             f"\n{self._stopping}; Ctrl-C again to kill",
             file=sys.stderr,
             flush=True,
         )
-
-    def _ask(self) -> None:
-        self._stop_file.parent.mkdir(parents=True, exist_ok=True)
-        self._stop_file.touch()
 
     def wait(self) -> int:
         """The agent's exit code."""
@@ -96,7 +93,7 @@ class _Stopper:
                 return self._agent.wait(1.0)
             except subprocess.TimeoutExpired:
                 if self._asked:  # again: ranks that were still starting have removed an old STOP
-                    self._ask()
+                    ask_to_stop(self._run_dir)
 
     def forget(self) -> None:
         for number, handler in self._kept.items():
@@ -124,7 +121,7 @@ def torchrun(run_dir: Path, arguments: list[str]) -> int:
         parsed.signals_to_handle = "SIGQUIT"
         run.run(parsed)
     except ChildFailedError as error:
-        _write_status(run_dir, "failed")
+        _set_failed(run_dir)
         print(f"\n{_last_words(run_dir, error.failures)}", file=sys.stderr, flush=True)
         return 1
     return 0
@@ -155,9 +152,10 @@ def _last_words(run_dir: Path, failures: dict[int, Any]) -> str:
     return f"rank {rank} failed: died of signal {-code}{why}; it left no traceback"
 
 
-def _write_status(run_dir: Path, status: str) -> None:
+def _set_failed(run_dir: Path) -> None:
+    """Says so where the run got as far as its folder."""
     if run_dir.is_dir():
-        (run_dir / "status").write_text(status + "\n", encoding="utf-8")
+        set_status(run_dir, "failed")
 
 
 if __name__ == "__main__":

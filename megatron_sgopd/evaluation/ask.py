@@ -76,7 +76,7 @@ def answer(
     groups = sampler.groups
     share = tasks[groups.dp_rank :: groups.dp_size]
     largest = -(-len(tasks) // groups.dp_size)  # every replica runs as many jobs
-    at_once = max(1, largest) if sampler.alone else AT_ONCE
+    at_once = AT_ONCE if sampler.every_rank else max(1, largest)
     for start in range(0, largest, at_once):
         if any_rank(stopped(), groups):
             return
@@ -119,7 +119,7 @@ class _Part:
     def _arriving(
         self, places: Sequence[int], tasks: Sequence[Task]
     ) -> Iterator[tuple[int, Completion]]:
-        alone = self._sampler.alone
+        alone = not self._sampler.every_rank
         try:
             for index, completion in self._engine.stream([self._request(t) for t in tasks]):
                 name, prompt, sample = tasks[index]

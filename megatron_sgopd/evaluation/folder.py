@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.atomic_files import read_json_lines, write_json
 from megatron_sgopd.evaluation.accuracy import (
     Record,
     by_benchmark,
@@ -22,7 +23,7 @@ from megatron_sgopd.evaluation.accuracy import (
     problem_pass_rates,
     summarize_benchmarks,
 )
-from megatron_sgopd.evaluation.samples import GREEDY, Row, read_lines, read_samples, records
+from megatron_sgopd.evaluation.samples import GREEDY, Row, read_samples, records
 from megatron_sgopd.verifier import VerifierPool
 
 Settings = dict[str, Any]
@@ -42,14 +43,6 @@ def read_settings(folder: Path) -> Settings:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     return settings
-
-
-def write_json(path: Path, value: Any) -> None:
-    """The file appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def resumable(settings: Settings) -> dict[str, Any]:
@@ -124,7 +117,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     n, greedy = settings["scoring"]["n"], settings["scoring"]["greedy"]
     out = []
     for name in settings["benchmarks"]:
-        problems = list(read_lines(problems_path(folder, name)))
+        problems = list(read_json_lines(problems_path(folder, name)))
         rows = read_samples(folder, name)
         wanted = [(p["id"], i) for p in problems for i in wanted_samples(n, greedy)]
         there = sum("is_correct" in rows.get(key, {}) for key in wanted)

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sgopd.atomic_files import write_json, write_json_lines
 from megatron_sgopd.config.evaluation import evaluation_sets, samples_per_problem
-from megatron_sgopd.config.load import to_yaml
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.data.rendering import load_tokenizer, stop_token_ids
-from megatron_sgopd.distributed.groups import Groups, initialize
-from megatron_sgopd.evaluation import samples
+from megatron_sgopd.distributed.groups import Groups, from_first_rank, initialize
 from megatron_sgopd.evaluation.ask import Task, answer, tasks_of
 from megatron_sgopd.evaluation.benchmarks import Benchmark, load_benchmarks, with_lengths
 from megatron_sgopd.evaluation.folder import (
@@ -36,7 +33,6 @@ from megatron_sgopd.evaluation.folder import (
     problems_path,
     read_settings,
     score,
-    write_json,
 )
 from megatron_sgopd.evaluation.samples import Journal, Row, journal_path, read_samples, settle
 from megatron_sgopd.evaluation.tables import scores_table
@@ -45,10 +41,11 @@ from megatron_sgopd.model.content_digest import fingerprint
 from megatron_sgopd.model.hf_location import read_hf_config, resolve_hf_dir, weight_files
 from megatron_sgopd.model.hf_reader import iter_safetensors
 from megatron_sgopd.rollouts.embedded_engine import EmbeddedEngine
-from megatron_sgopd.rollouts.engine_jobs import Jobs, OnEveryRank, OnFirstRank
+from megatron_sgopd.rollouts.engine_jobs import make_jobs
 from megatron_sgopd.rollouts.make_engine import make_engine
 from megatron_sgopd.rollouts.sampler import make_sampler
 from megatron_sgopd.rollouts.vllm_servers.server import check_version, installed_version
+from megatron_sgopd.run_folder import StopRequest, clear_attempt, set_status, write_recipe
 from megatron_sgopd.types import Engine
 from megatron_sgopd.verifier import VerifierPool
 
@@ -167,24 +164,6 @@ def _check_same(plan: Plan) -> None:
 # -- on a rank -------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Stop:
-    """Whether somebody asked for the end: a signal here, or a file FOLDER/STOP."""
-
-    folder: Path
-    signalled: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        def note(number: int, frame: object) -> None:
-            self.signalled = True
-
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, note)
-
-    def __call__(self) -> bool:
-        return self.signalled or (self.folder / "STOP").exists()
-
-
 def main(config: Config) -> None:
     """Runs an evaluation on this rank, from wherever it stands."""
     plan = prepare(config)
@@ -192,10 +171,8 @@ def main(config: Config) -> None:
     with locked(plan.folder, here=groups.rank == 0):
         if groups.rank == 0:
             begin(plan)
-        box = [plan.missing() if groups.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0)
-        missing = box[0] or set()
-        stopped = _Stop(plan.folder)
+        missing = from_first_rank(plan.missing() if groups.rank == 0 else None)
+        stopped = StopRequest(plan.folder)
         left = [task for task in plan.tasks() if (task[0], task[1].id, task[2]) in missing]
         if left:
             ask(plan, groups, left, stopped)
@@ -216,8 +193,7 @@ def score_again(plan: Plan) -> bool:
 def begin(plan: Plan) -> None:
     """Writes what the samples depend on, and puts what is there already in order."""
     folder = plan.folder
-    (folder / "STOP").unlink(missing_ok=True)
-    shutil.rmtree(folder / "errors", ignore_errors=True)
+    clear_attempt(folder)
     _check_same(plan)
     settings = plan.settings
     if (folder / "settings.json").is_file():  # benchmarks not asked for now keep their samples
@@ -225,26 +201,23 @@ def begin(plan: Plan) -> None:
         others = before.get("others", {}) | before["benchmarks"]
         settings["others"] = {k: v for k, v in others.items() if k not in settings["benchmarks"]}
     for benchmark in plan.benchmarks:
-        samples.write_lines(problems_path(folder, benchmark.name), benchmark.problems)
+        write_json_lines(problems_path(folder, benchmark.name), benchmark.problems)
         # Without rows too: nothing may be appended to a journal whose only line is torn.
         rows = read_samples(folder, benchmark.name)
         settle(folder, benchmark.name, benchmark.problems, rows)
-    (folder / "config.yaml").write_text(to_yaml(plan.config), encoding="utf-8")
+    write_recipe(folder, plan.config)
     write_json(folder / "settings.json", settings)
-    set_status(plan, "running")
+    set_status(plan.folder, "running")
 
 
-def ask(plan: Plan, groups: Groups, tasks: list[Task], stopped: _Stop) -> None:
+def ask(plan: Plan, groups: Groups, tasks: list[Task], stopped: StopRequest) -> None:
     """Starts the engine and asks it for the tasks. Collective over all ranks."""
     config = plan.config
-    sampler = make_sampler(config, groups, plan.tokenizer, plan.stop_token_ids)
     engine = make_engine(config, groups, plan.hf_config, plan.model, "evaluated")
-    # A server that was started here has read its weights; others wait for a trainer's.
-    if engine.name == "embedded" or config.rollout.vllm.urls:
+    sampler = make_sampler(config, groups, plan.tokenizer, plan.stop_token_ids, engine)
+    if engine.awaits_weights:
         engine.push_weights(partial(iter_safetensors, plan.model), 0)
-    jobs: Jobs = OnEveryRank()
-    if sampler.alone:
-        jobs = OnFirstRank(groups, lambda: [engine], config.rollout.vllm.max_restarts)
+    jobs = make_jobs(engine, groups, lambda: [engine], config.rollout.vllm.max_restarts)
     whole, share = (-(-count // groups.dp_size) for count in (len(plan.tasks()), len(tasks)))
     bar = progress_bar(
         f"{config.name}: evaluate" + (f" (1 of {groups.dp_size})" if groups.dp_size > 1 else ""),
@@ -276,7 +249,7 @@ def conclude(plan: Plan) -> bool:
         settle(folder, benchmark.name, benchmark.problems, rows)
     if missing := plan.missing():
         total = len(plan.tasks())
-        set_status(plan, "stopped")
+        set_status(plan.folder, "stopped")
         print(
             f"{plan.config.name}: stopped on request with {total - len(missing)} of {total} "
             "answers; the same command goes on",
@@ -284,13 +257,9 @@ def conclude(plan: Plan) -> bool:
         )
         return False
     summary = score(folder)
-    set_status(plan, "finished")
+    set_status(plan.folder, "finished")
     print(f"{scores_table(summary)}\n{folder / 'summary.json'}", flush=True)
     return True
-
-
-def set_status(plan: Plan, status: str) -> None:
-    (plan.folder / "status").write_text(status + "\n", encoding="utf-8")
 
 
 def _close(engine: Engine, verifier: VerifierPool | None) -> None:

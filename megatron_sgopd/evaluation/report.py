@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.atomic_files import read_json_lines, write_file
 from megatron_sgopd.evaluation.accuracy import paired_difference, summarize
 from megatron_sgopd.evaluation.report_figures import COLOURS, PANELS, draw
 from megatron_sgopd.evaluation.tables import interval, percent
@@ -68,11 +69,11 @@ def read_run(directory: Path) -> RunFolder:
     run = RunFolder(
         name=directory.name,
         summary=json.loads(summary_path.read_text()) if summary_path.is_file() else {},
-        metrics=_read_lines(directory / "metrics.jsonl"),
-        evaluation=_read_lines(directory / "evaluation" / "final.jsonl"),
+        metrics=list(read_json_lines(directory / "metrics.jsonl")),
+        evaluation=list(read_json_lines(directory / "evaluation" / "final.jsonl")),
     )
     for path in sorted((directory / "rollouts").glob("step-*.jsonl")):
-        run.rollouts[int(path.stem.removeprefix("step-"))] = _read_lines(path)
+        run.rollouts[int(path.stem.removeprefix("step-"))] = list(read_json_lines(path))
     if not (run.summary or run.metrics or run.evaluation or run.rollouts):
         raise ValueError(f"{directory} has no metrics.jsonl, summary.json, evaluation or rollouts")
     return run
@@ -112,22 +113,7 @@ def write_report(
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_html.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out_html)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from None
-    return rows
+    write_file(out_html, page)
 
 
 def _with_own_names(runs: Sequence[RunFolder]) -> list[RunFolder]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_sgopd.atomic_files import read_json_lines, write_json, write_json_lines
 from megatron_sgopd.config.load import to_yaml
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.evaluation.folder import (
@@ -17,9 +18,8 @@ from megatron_sgopd.evaluation.folder import (
     read_records,
     read_settings,
     score,
-    write_json,
 )
-from megatron_sgopd.evaluation.samples import read_lines, read_samples, settle, write_lines
+from megatron_sgopd.evaluation.samples import read_samples, settle
 from megatron_sgopd.verifier import VerifierPool
 
 
@@ -42,12 +42,12 @@ def rescore_folder(folder: Path, out: Path, config: Config) -> dict[str, Any]:
     settings |= {"verifier": v.name, "scoring": {**settings["scoring"], **scoring}}
     with VerifierPool(v.name, v.timeout_s, v.num_workers, v.memory_mb) as verifier:
         for name in settings["benchmarks"]:
-            problems = list(read_lines(problems_path(folder, name)))
+            problems = list(read_json_lines(problems_path(folder, name)))
             rows = read_samples(folder, name)
             with tqdm(total=len(rows), desc=name, unit="answer", file=sys.stderr) as bar:
                 answers = {p["id"]: p["answer"] for p in problems}
                 label(list(rows.values()), answers, verifier, bar.update)
-            write_lines(problems_path(out, name), problems)
+            write_json_lines(problems_path(out, name), problems)
             settle(out, name, problems, rows)
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     write_json(out / "settings.json", settings)

@@ -9,11 +9,12 @@ nothing that an engine made.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_sgopd.atomic_files import json_line, read_json_lines, write_json_lines
 
 GREEDY = -1
 Row = dict[str, Any]
@@ -74,7 +75,7 @@ class Journal:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def append(self, row: Row) -> None:
-        line = encode(row)
+        line = json_line(row)
         while line:  # a signal, or a full disk, may cut a write short
             line = line[os.write(self._file, line) :]
 
@@ -94,7 +95,7 @@ def _journals(folder: Path, benchmark: str) -> list[Path]:
 def read_samples(folder: Path, benchmark: str) -> dict[Key, Row]:
     """All that is there of a benchmark: what was put in order, and the journals."""
     files = [_samples_path(folder, benchmark), *_journals(folder, benchmark)]
-    return join(row for file in files for row in read_lines(file))
+    return join(row for file in files for row in read_json_lines(file))
 
 
 def settle(
@@ -103,53 +104,10 @@ def settle(
     """Writes samples/BENCHMARK.jsonl in the order of the problems, and removes the journals."""
     place = {problem["id"]: i for i, problem in enumerate(problems)}
     order = sorted(rows, key=lambda key: (place[key[0]], key[1]))
-    write_lines(_samples_path(folder, benchmark), (rows[key] for key in order))
+    write_json_lines(_samples_path(folder, benchmark), (rows[key] for key in order))
     for journal in _journals(folder, benchmark):
         journal.unlink()
 
 
 def _samples_path(folder: Path, benchmark: str) -> Path:
     return folder / "samples" / f"{benchmark}.jsonl"
-
-
-def encode(row: Mapping[str, Any]) -> bytes:
-    """One line of JSON."""
-    try:
-        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as a byte-level tokenizer may leave
-        return (json.dumps(row) + "\n").encode()
-
-
-def read_lines(path: Path) -> Iterator[Row]:
-    """The rows of a JSONL file, none where it is missing; a last line cut short is left out.
-
-    Raises:
-        ValueError: any other line that is not a JSON object, with its place.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}:{number}: not JSON ({error}); mend it or remove the file"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}:{number}: a JSON object is wanted, got {type(row).__name__}"
-                )
-            yield row
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line; the file appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        for row in rows:
-            file.write(encode(row))
-    temporary.replace(path)

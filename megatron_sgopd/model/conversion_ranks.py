@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 
 from megatron_sgopd.atomic_files import begin_folder, finish_folder
 from megatron_sgopd.config.schema import ParallelConfig
-from megatron_sgopd.distributed.groups import Groups, initialize
+from megatron_sgopd.distributed.groups import Groups, from_first_rank, initialize
 from megatron_sgopd.model.checkpoint_files import COMPANIONS
 from megatron_sgopd.model.conversion_job import ToHf, ToMegatron
 from megatron_sgopd.model.families import hf_shapes
@@ -53,10 +53,7 @@ def convert(job: ToMegatron | ToHf) -> None:
 
 def to_megatron(job: ToMegatron, groups: Groups) -> None:
     out = Path(job.out)
-    box = [begin_folder(out) if groups.rank == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    (temporary,) = box
-    assert temporary is not None, "rank 0 made it"
+    temporary = from_first_rank(begin_folder(out) if groups.rank == 0 else None)
     model = _hollow(job, groups)
     save_weights(temporary, model, job.weights)
     dist.barrier()  # every rank's part is on disk before the name says so

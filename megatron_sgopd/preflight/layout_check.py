@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.distributed.groups import Groups, initialize, inner_groups
+from megatron_sgopd.distributed.groups import Groups, from_first_rank, initialize, inner_groups
 from megatron_sgopd.model.gpt import build_model
 from megatron_sgopd.model.weight_stream import iter_hf_weights, load_stream
 from megatron_sgopd.preflight.tiny_models import (
@@ -117,10 +117,8 @@ def check_parallel(config: Config) -> Report:
             report = _compare(
                 config, groups, models, metrics["train/loss"], gradients, loss, expected
             )
-    box = [report]
-    dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None, "rank 0 made a report"
-    return box[0]
+    made: Report = from_first_rank(report)
+    return made
 
 
 def _compare(

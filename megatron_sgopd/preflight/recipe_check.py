@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.data.problems import Problem, load_problems
 from megatron_sgopd.data.rendering import load_tokenizer, render
+from megatron_sgopd.distributed.groups import from_first_rank
 from megatron_sgopd.model.hf_location import resolve_hf_dir, weight_files
 from megatron_sgopd.preflight.model_agreement import (
     Described,
@@ -55,7 +56,7 @@ def require_agreement(config: Config, run_dir: Path) -> None:
     Raises:
         ValueError: on every rank alike, with all errors.
     """
-    box: list[list[str]] = [[]]
+    errors: list[str] = []
     if dist.get_rank() == 0:
         findings = check_models(config)
         rows = (json.dumps(vars(finding), ensure_ascii=False) + "\n" for finding in findings)
@@ -63,10 +64,9 @@ def require_agreement(config: Config, run_dir: Path) -> None:
         for finding in findings:
             if finding.level == "warning":
                 print(f"{config.name}: warning, {finding.about}: {finding}", flush=True)
-        box = [[str(finding) for finding in findings if finding.level == "error"]]
-    dist.broadcast_object_list(box, src=0)
-    if box[0]:
-        raise ValueError("\n".join(box[0]))
+        errors = [str(finding) for finding in findings if finding.level == "error"]
+    if errors := from_first_rank(errors):
+        raise ValueError("\n".join(errors))
 
 
 def _caught(

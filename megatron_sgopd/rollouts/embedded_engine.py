@@ -32,6 +32,7 @@ class EmbeddedEngine:
     """See `types.Engine`. `group` is the replica's; None is one rank alone."""
 
     name, version = "embedded", transformers.__version__
+    every_rank_asks, awaits_weights = True, True
 
     def __init__(
         self,
@@ -134,16 +135,24 @@ class EmbeddedEngine:
         return [done[i] for i in range(len(requests))]
 
     def recover(self) -> None:
-        """An engine in the trainer's own ranks is lost with them only."""
+        """Does nothing: it is lost only together with the trainer's ranks."""
 
     def sleep(self) -> None:
-        """Its weights stay: a push goes into them."""
+        """Does nothing: its weights stay, the next push goes into them."""
 
     def wake_up(self) -> None:
-        """It never sleeps."""
+        """Does nothing: it never sleeps."""
 
     def forget(self) -> None:
-        """Nothing is kept."""
+        """Does nothing: no answer is kept."""
+
+    def probe(self, ask: Callable[[Any], Any]) -> list[tuple[str, Any]]:
+        """Asks nobody: there is no server."""
+        return []
+
+    def incidents(self) -> dict[str, float]:
+        """Returns nothing: it ends with the trainer's ranks."""
+        return {}
 
     def close(self) -> None:
         """Frees the model; the engine cannot be used after it."""

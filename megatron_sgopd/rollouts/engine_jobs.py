@@ -35,6 +35,18 @@ class Jobs(Protocol):
     def run(self, job: Callable[[], Result]) -> Result: ...
 
 
+def make_jobs(
+    engine: Engine | None,
+    groups: Groups,
+    engines: Callable[[], Sequence[Engine]],
+    max_restarts: int,
+) -> Jobs:
+    """Chooses how jobs run, by the engine that most of them ask; `engines` lists all."""
+    if engine is None or engine.every_rank_asks:
+        return OnEveryRank()
+    return OnFirstRank(groups, engines, max_restarts)
+
+
 class OnEveryRank:
     """For an embedded engine: a job begins when its result is asked for."""
 

@@ -11,12 +11,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-import torch.distributed as dist
 
 from megatron_sgopd.config.engines import LOCAL_HOSTS, servers_of
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.schema import Config, VllmConfig
-from megatron_sgopd.distributed.groups import Groups, broadcast_object, gather_objects, gpu_name
+from megatron_sgopd.distributed.groups import (
+    Groups,
+    broadcast_object,
+    from_first_rank,
+    gather_objects,
+    gpu_name,
+)
+from megatron_sgopd.model.hf_location import read_hf_config
 from megatron_sgopd.rollouts.embedded_engine import EmbeddedEngine
 from megatron_sgopd.rollouts.vllm_servers.client import EngineDown, EngineRefused, VllmClient
 from megatron_sgopd.rollouts.vllm_servers.engine import Remote, VllmEngine
@@ -45,10 +51,13 @@ def make_engine(
     role: str = "student",
     shared_vocab_size: int | None = None,
 ) -> Engine:
-    """The engine of a model, without weights yet (servers that are not the student's have their
-    own). Collective. `role`: student, teacher or evaluated.
+    """Makes the engine of a model; `Engine.awaits_weights` says if it has none yet. Collective.
 
-    Token ids from `shared_vocab_size` on (None: the model has no others) are never sampled.
+    Args:
+        hf_config: the model as the trainer has it, with the trainer's vocabulary rows.
+        model: its Hugging Face directory.
+        role: student, teacher or evaluated.
+        shared_vocab_size: token ids from here on are never sampled; None: the model has no others.
 
     Raises:
         ConfigError: vLLM or a server that cannot serve this recipe, and what to do.
@@ -70,7 +79,8 @@ def make_engine(
             "slurm/sgopd_8node.sh; elsewhere start them with `sgopd serve RECIPE` and name them in "
             "rollout.vllm.urls (rollout.vllm.teacher.urls), or set nodes to 0"
         )
-    key = _from_first_rank(new_key(vllm) if groups.rank == 0 else None)
+    key = from_first_rank(new_key(vllm) if groups.rank == 0 else None)
+    hf_config = read_hf_config(model)  # a server has all rows of the model on disk
     rows = hf_config.vocab_size
     never_sampled = range(shared_vocab_size or rows, rows)
     run_dir, progress = Path(config.logging.run_dir or ""), _starting(config, groups)
@@ -81,6 +91,8 @@ def make_engine(
         remotes,
         groups,
         version=version,
+        # A teacher's server, and one started to be evaluated, has read its weights itself.
+        awaits_weights=role == "student" or (role == "evaluated" and bool(vllm.urls)),
         dtype=getattr(torch, vllm.dtype),
         bucket_bytes=int(vllm.bucket_mb * 2**20),
         max_concurrency=vllm.max_concurrency,
@@ -109,12 +121,6 @@ def _starting(config: Config, groups: Groups) -> Progress:
             )
 
     return show
-
-
-def _from_first_rank(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _remotes(

@@ -22,6 +22,7 @@ class TeacherPool:
     """
 
     name, version, policy_version, answered = "pool", "offline", 0, 0
+    every_rank_asks, awaits_weights = True, False
 
     def __init__(self, completions: dict[tuple[int, ...], list[tuple[int, ...] | None]]) -> None:
         """By prompt token ids, with the end-of-sequence token; None is a wrong one."""
@@ -68,7 +69,15 @@ class TeacherPool:
                 yield index, Completion(tokens, (0.0,) * len(tokens), "stop", 0, request.seed)
 
     def push_weights(self, weights: Callable[[], WeightStream], policy_version: int) -> None:
-        """There is nothing to give them to."""
+        """Does nothing: the rollouts were sampled before."""
+
+    def probe(self, ask: Callable[[Any], Any]) -> list[tuple[str, Any]]:
+        """Asks nobody: there is no server."""
+        return []
+
+    def incidents(self) -> dict[str, float]:
+        """Returns nothing: a file does not break off."""
+        return {}
 
     def recover(self) -> None: ...
 

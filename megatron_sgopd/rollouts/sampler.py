@@ -33,7 +33,7 @@ class Sampler:
     verifier: VerifierPool | None
     decode: Decode
     stop_token_ids: tuple[int, ...]
-    alone: bool = False  # the first rank runs jobs by itself
+    every_rank: bool = True  # of the replica runs the jobs; else its first rank alone
     clock: Clock = field(default_factory=Clock)  # of a job's parts
 
     def rollouts(
@@ -67,7 +67,7 @@ class Sampler:
         done = dict(self.labelled(prompts, arriving, source))
         first = self.groups.is_replica_first_rank
         rollouts = [done[i] for i in range(len(prompts))] if first else []
-        return rollouts if self.alone else broadcast_object(rollouts, self.groups)
+        return broadcast_object(rollouts, self.groups) if self.every_rank else rollouts
 
     def labelled(
         self,
@@ -104,9 +104,16 @@ class Sampler:
 
 
 def make_sampler(
-    config: Config, groups: Groups, tokenizer: Any, stop_token_ids: Sequence[int]
+    config: Config,
+    groups: Groups,
+    tokenizer: Any,
+    stop_token_ids: Sequence[int],
+    engine: Engine | None,
 ) -> Sampler:
-    """The recipe's sampler on this rank, with a verifier on the replica's first."""
+    """Makes the recipe's sampler on this rank, with a verifier on the replica's first.
+
+    `engine` is the one that it will ask.
+    """
     v = config.verifier
     verifier = None
     if groups.is_replica_first_rank:
@@ -119,7 +126,7 @@ def make_sampler(
         verifier,
         lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         tuple(stop_token_ids),
-        alone=config.rollout.engine == "vllm",
+        every_rank=engine is None or engine.every_rank_asks,
     )
 
 

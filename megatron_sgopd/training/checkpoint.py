@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_sgopd.atomic_files import begin_folder, finish_folder
+from megatron_sgopd.distributed.groups import from_first_rank
 from megatron_sgopd.model.checkpoint_files import COMPANIONS, list_checkpoints
 from megatron_sgopd.model.hf_writer import copy_companions
 from megatron_sgopd.training.student import Student
@@ -67,9 +68,7 @@ def save_checkpoint(
     """
     final = checkpoint_path(run_dir, state.step)
     is_first = dist.get_rank() == 0
-    box = [begin_folder(final) if is_first else None]
-    dist.broadcast_object_list(box, src=0)
-    (temporary,) = box
+    temporary = from_first_rank(begin_folder(final) if is_first else None)
     # Megatron would start a manager process for this queue, seconds of imports that outlive a rank
     # which is killed. A synchronous save puts and gets in this process: a plain queue will do.
     filesystem_async._results_queue = queue.Queue()
@@ -78,7 +77,7 @@ def save_checkpoint(
         dist_checkpointing.save(whole, str(temporary))
     dist.barrier()  # every rank's shards are on disk before the name says so
     if is_first:
-        assert temporary is not None and companions is not None, "rank 0 has them"
+        assert companions is not None, "rank 0 has them"
         copy_companions(companions.source, temporary / COMPANIONS, companions.texts)
         finish_folder(final)
         for old in list_checkpoints(run_dir)[:-keep]:

@@ -23,6 +23,7 @@ from megatron_sgopd.model.hf_reader import iter_safetensors
 from megatron_sgopd.model.weight_stream import init_random_weights, load_hf_weights, load_stream
 from megatron_sgopd.training.frozen import Frozen
 from megatron_sgopd.training.objective import Objective
+from megatron_sgopd.training.student import Student, make_student
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,29 @@ class Vocabulary:
         ]
         rows = _rows(model.student.hf_path)
         return cls(rows, min([rows, *(_rows(path) for path in needed if path is not None)]))
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run on this rank; `student_dir` has the student's config and tokenizer."""
+
+    student: Student
+    teacher: Frozen | None
+    reference: Frozen | None
+    student_dir: Path
+
+
+def load_models(config: Config, groups: Groups, student_dir: Path) -> Models:
+    """Loads the student to be trained and the frozen models that the objective needs. Collective.
+
+    Raises:
+        ValueError: weights that are missing, damaged or of other shapes.
+    """
+    objective, vocabulary = Objective.of(config, eps=0.0), Vocabulary.of(config)
+    model = load_student(config, groups, vocabulary, trainable=True)
+    teacher = load_teacher(config, groups, vocabulary) if objective.needs_teacher else None
+    reference = load_reference(config, groups, vocabulary) if objective.needs_reference else None
+    return Models(make_student(model, config), teacher, reference, student_dir)
 
 
 def _rows(path: str) -> int:

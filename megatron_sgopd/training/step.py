@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.distributed.groups import Groups, gather_objects
+from megatron_sgopd.distributed.groups import Groups, alignment, gather_objects, sequence_alignment
 from megatron_sgopd.metrics import Clock, Sums, add_up, reduced_means
 from megatron_sgopd.training.forward import forward
 from megatron_sgopd.training.frozen import Frozen, Handover
@@ -121,8 +121,8 @@ def prepare(
         micro_batch_size=layout.micro_batch_size,
         max_tokens=layout.micro_batch_tokens,
         mask_truncated=masked,
-        align=math.lcm(*(g.tp_size for g in (groups, *models) if g.config.sequence_parallel)),
-        align_sequence=2 * groups.cp_size if groups.cp_size > 1 else 1,
+        align=alignment(groups, *models),
+        align_sequence=sequence_alignment(groups),
         multiple_of=groups.pp_size if interleaved else 1,
     )
     batches = [b.to(groups.device) for b in batches]

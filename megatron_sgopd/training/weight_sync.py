@@ -19,12 +19,11 @@ from torch import Tensor
 
 from megatron_sgopd.config.engines import PROBE_LENGTH, PROBE_PROMPT
 from megatron_sgopd.config.schema import Config
-from megatron_sgopd.distributed.groups import gather_objects
+from megatron_sgopd.distributed.groups import alignment, gather_objects, sequence_alignment
 from megatron_sgopd.metrics import mismatch_kl
 from megatron_sgopd.model.gpt import ShardedModel
 from megatron_sgopd.model.weight_stream import iter_hf_weights
 from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
-from megatron_sgopd.rollouts.vllm_servers.engine import VllmEngine
 from megatron_sgopd.training.frozen import Frozen
 from megatron_sgopd.training.objective import Objective
 from megatron_sgopd.training.packing import context_columns, micro_batches
@@ -68,29 +67,29 @@ class Guard:
         loosest = "bfloat16" if "bfloat16" in (vllm.dtype, self.config.model.dtype) else "float32"
         return vllm.mismatch_kl_bound or BOUNDS[loosest]
 
-    def check(self, engine: VllmEngine, policy_version: int) -> dict[str, float]:
+    def check(self, engine: Engine, policy_version: int) -> dict[str, float]:
         """Metrics of the worst engine. Collective over all ranks.
 
         Raises:
             StaleWeights: an engine beyond the bound, and whose weights it seems to hold; on every
                 rank.
         """
-        ours, before = self.trainer_logprobs(), self.before
-        self.before = ours
-        worst, account = 0.0, ""
-        for url, theirs in engine.probe(self.engine_logprobs):
-            found = mismatch_kl(theirs, ours)
-            worst = max(worst, found)
-            if not found <= self.bound:
-                old = float("inf") if before is None else mismatch_kl(theirs, before)
-                account = self._account(url, found, old, policy_version)
-        told = gather_objects((worst, account))
-        for _, problem in told:
-            if problem:
-                raise StaleWeights(problem)
-        return {"engine/probe_mismatch_kl": max(found for found, _ in told)}
+        trainer, before = self.trainer_logprobs(), self.before
+        self.before = trainer
+        worst, problem = 0.0, ""
+        for url, answered in engine.probe(self.engine_logprobs):
+            mismatch = mismatch_kl(answered, trainer)
+            worst = max(worst, mismatch)
+            if not mismatch <= self.bound:
+                old = float("inf") if before is None else mismatch_kl(answered, before)
+                problem = self._problem(url, mismatch, old, policy_version)
+        of_all_ranks = gather_objects((worst, problem))
+        for _, its_problem in of_all_ranks:
+            if its_problem:
+                raise StaleWeights(its_problem)
+        return {"engine/probe_mismatch_kl": max(mismatch for mismatch, _ in of_all_ranks)}
 
-    def _account(self, url: str, found: float, old: float, policy_version: int) -> str:
+    def _problem(self, url: str, mismatch: float, old: float, policy_version: int) -> str:
         if old <= self.bound:
             holds = f"it seems to hold the old ones (mismatch_kl with them {old:.3g})"
         else:
@@ -101,7 +100,7 @@ class Guard:
             )
         return (
             f"after the push of policy version {policy_version} the engine at {url} answers with "
-            f"mismatch_kl {found:.3g} to the trainer on fixed tokens, the bound is "
+            f"mismatch_kl {mismatch:.3g} to the trainer on fixed tokens, the bound is "
             f"{self.bound:.3g}: {holds}. Its rollouts would not be this policy's. Restart the "
             "engine and resume; where the engine is healthy and only less exact (another dtype or "
             "kernel), set rollout.vllm.mismatch_kl_bound"
@@ -139,8 +138,8 @@ class Guard:
             rollouts,
             [1.0] * len(rollouts),
             micro_batch_size=1,
-            align=groups.tp_size if groups.config.sequence_parallel else 1,
-            align_sequence=2 * groups.cp_size if groups.cp_size > 1 else 1,
+            align=alignment(groups),
+            align_sequence=sequence_alignment(groups),
             multiple_of=groups.pp_size if interleaved else 1,
         )
         batches = [b.to(groups.device) for b in batches]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sgopd.metrics import read_metrics
+from megatron_sgopd.atomic_files import read_json_lines
 from tests.cluster.mini_slurm import Node, namespace_pids, set_link
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -232,4 +232,4 @@ def _outside_of_slurm() -> dict[str, str]:
 
 def steps(run_dir: Path) -> list[int]:
     """Those in metrics.jsonl, in its order."""
-    return [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")]
+    return [row["step"] for row in list(read_json_lines(run_dir / "metrics.jsonl"))]

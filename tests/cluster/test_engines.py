@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sgopd.metrics import read_metrics
+from megatron_sgopd.atomic_files import read_json_lines
 from tests.cluster.conftest import Tiny
 from tests.cluster.jobs import RECIPE, Cluster, Job, steps, until
 
@@ -54,7 +54,7 @@ def test_a_server_on_a_node_of_its_own_dies_and_is_started_again(
     kill_server(job)
     assert job.end(PATIENCE_S) == "COMPLETED", job.everything()
     assert job.exit_code == 0
-    rows = read_metrics(run_dir / "metrics.jsonl")
+    rows = list(read_json_lines(run_dir / "metrics.jsonl"))
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["engine/restarts"] for row in rows][:3] == [0, 0, 0]
     assert rows[-1]["engine/restarts"] == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sgopd.metrics import read_metrics
+from megatron_sgopd.atomic_files import read_json_lines
 from tests.cluster.conftest import Tiny
 from tests.cluster.jobs import RECIPE, Cluster, steps, until
 
@@ -19,7 +19,7 @@ SETTINGS = (f"num_steps={STEPS}", "checkpoint.every=4", "checkpoint.save_hf=fals
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the times."""
-    found = read_metrics(run_dir / "metrics.jsonl")
+    found = list(read_json_lines(run_dir / "metrics.jsonl"))
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in found]
 
 

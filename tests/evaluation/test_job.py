@@ -16,16 +16,10 @@ import numpy as np
 import pytest
 
 from megatron_sgopd.__main__ import _parse, main
+from megatron_sgopd.atomic_files import read_json_lines
 from megatron_sgopd.cli.evaluate import PROTOCOL, config_of
 from megatron_sgopd.config.load import load_config
-from megatron_sgopd.evaluation.samples import (
-    Journal,
-    join,
-    journal_path,
-    read_lines,
-    read_samples,
-    settle,
-)
+from megatron_sgopd.evaluation.samples import Journal, join, journal_path, read_samples, settle
 from megatron_sgopd.model import content_digest as fingerprints
 from megatron_sgopd.model.content_digest import fingerprint
 from megatron_sgopd.rollouts.vllm_servers.server import free_ports
@@ -74,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def marks(folder: Path, name: str) -> dict[str, list[bool]]:
     """{problem: whether each sample is right}, judged here."""
     found: dict[str, list[bool]] = {}
-    for row in read_lines(folder / "samples" / f"{name}.jsonl"):
+    for row in read_json_lines(folder / "samples" / f"{name}.jsonl"):
         if row["sample"] >= 0:
             right = judge(row["completion"], "") and row["finish_reason"] == "stop"
             found.setdefault(row["id"], []).append(right)
@@ -90,7 +84,7 @@ def test_figures_are_those_of_the_samples(evaluated: dict[str, Path]) -> None:
     averages, passes, lengths, cut = [], [], [], []
     for name in SETS:
         found = marks(folder, name)
-        rows = list(read_lines(folder / "samples" / f"{name}.jsonl"))
+        rows = list(read_json_lines(folder / "samples" / f"{name}.jsonl"))
         assert all(len(m) == 5 for m in found.values())
         subsets = [list(combinations(m, 3)) for m in found.values()]
         averages.append(np.mean([np.mean(m) for m in found.values()]))
@@ -119,7 +113,7 @@ def test_figures_are_those_of_the_samples(evaluated: dict[str, Path]) -> None:
 
 
 def test_answers_of_the_real_schemas_are_read(evaluated: dict[str, Path]) -> None:
-    problems = [list(read_lines(evaluated["a"] / "problems" / f"{n}.jsonl")) for n in SETS]
+    problems = [list(read_json_lines(evaluated["a"] / "problems" / f"{n}.jsonl")) for n in SETS]
     assert [p["answer"] for p in problems[0]] == ["42", "15"]
     assert [p["answer"] for p in problems[1]] == ["\\frac{1}{2}", "\\sqrt{2}", "(1, 2]"]
 
@@ -168,7 +162,7 @@ def test_a_killed_evaluation_goes_on_and_nothing_is_made_twice(
     assert sorted(made) == sorted(
         (row["id"], row["sample"])
         for name in SETS
-        for row in read_lines(evaluated["a"] / "samples" / f"{name}.jsonl")
+        for row in read_json_lines(evaluated["a"] / "samples" / f"{name}.jsonl")
         if (row["id"], row["sample"]) not in there[name]
     )
     assert contents(tmp_path / "out") == contents(evaluated["a"])
@@ -462,10 +456,10 @@ def test_what_does_not_compare_is_named(
 def test_a_torn_last_line_is_left_out_and_another_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
-    assert list(read_lines(path)) == [{"a": 1}, {"a": 2}]
+    assert list(read_json_lines(path)) == [{"a": 1}, {"a": 2}]
     path.write_text('{"a": 1}\n{"a"\n{"a": 3}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: not JSON"):
-        list(read_lines(path))
+        list(read_json_lines(path))
 
 
 def test_a_benchmark_does_not_touch_one_whose_name_begins_like_its_own(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.__main__ import _parse, main
-from megatron_sgopd.evaluation.samples import Journal, encode
+from megatron_sgopd.atomic_files import json_line
+from megatron_sgopd.evaluation.samples import Journal
 
 SHORT = (  # what a tiny model of 512 positions needs of the paper's protocol
     "rollout.engine=embedded",
@@ -154,7 +155,7 @@ def die(after: int, arguments: Sequence[str]) -> None:
     def append(self: Any, row: Any) -> None:
         rows[0] += 1
         if rows[0] == after:
-            os.write(self._file, encode(row)[:-9])
+            os.write(self._file, json_line(row)[:-9])
             os.kill(os.getpid(), signal.SIGKILL)
         plain(self, row)
 

@@ -17,6 +17,7 @@ from megatron_sgopd.config.load import load_config
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.distributed.groups import shutdown
 from megatron_sgopd.run import Run
+from megatron_sgopd.training.engines import Engines
 from megatron_sgopd.training.weight_sync import StaleWeights
 from megatron_sgopd.types import EngineLost
 
@@ -31,24 +32,24 @@ def run(recipe: str, overrides: Sequence[str], fault: tuple[str, int] | None = N
     "stop" touches RUN_DIR/STOP as a user would; "die" raises on every rank. Returns the status.
     """
     config = resolve(load_config(recipe, overrides), dist.get_world_size())
-    plain_log = Run.log
+    plain_log = trainer.log
 
-    def log(self: Run, spans: Any) -> None:
-        plain_log(self, spans)
-        if fault is not None and self.state.step == fault[1]:
+    def log(run: Run, metrics: Any, rollouts: Any) -> None:
+        plain_log(run, metrics, rollouts)
+        if fault is not None and run.state.step == fault[1]:
             if fault[0] == "die":
                 raise PlannedFault("planned")
-            if self.is_first:
-                (self.dir / "STOP").touch()
+            if run.is_first:
+                (run.folder / "STOP").touch()
 
-    Run.log = log  # type: ignore[method-assign]
+    trainer.log = log
     try:
         trainer.train(config)
     except PlannedFault:
         return "died"
     finally:
         assert not multiprocessing.active_children(), "a run leaves no process behind"
-        Run.log = plain_log  # type: ignore[method-assign]
+        trainer.log = plain_log
         shutdown()
         dist.barrier()
     return (Path(config.logging.run_dir or "") / "status").read_text().strip()
@@ -68,7 +69,7 @@ def run_ahead(recipe: str, overrides: Sequence[str], fault: tuple[str, int] | No
 
     def make_batch(run: Run, step: int) -> Any:
         if run.is_first:
-            with open(run.dir / "made", "a") as file:
+            with open(run.folder / "made", "a") as file:
                 file.write(f"{step}\n")
         return plain_make(run, step)
 
@@ -82,18 +83,18 @@ def run_ahead(recipe: str, overrides: Sequence[str], fault: tuple[str, int] | No
 def run_without_engines(recipe: str, overrides: Sequence[str], where: str) -> str:
     """`run`, whose engine is lost ("final evaluation") or answers with stale weights ("push" of the
     third step); what is said."""
-    plain_evaluate, plain_push = trainer.evaluate_and_write, Run.push_weights
+    plain_evaluate, plain_push = trainer.evaluate_and_write, Engines.push_weights
 
     def evaluate_and_write(run: Run, name: str) -> Any:
         raise EngineLost("planned")
 
-    def push(self: Run) -> dict[str, float]:
-        if self.state.step == 3:
+    def push(self: Engines, policy_version: int) -> dict[str, float]:
+        if policy_version == 3:
             raise StaleWeights("planned")
-        return plain_push(self)
+        return plain_push(self, policy_version)
 
     if where == "push":
-        Run.push_weights = push  # type: ignore[method-assign]
+        Engines.push_weights = push  # type: ignore[method-assign]
     else:
         trainer.evaluate_and_write = evaluate_and_write
     try:
@@ -102,7 +103,7 @@ def run_without_engines(recipe: str, overrides: Sequence[str], where: str) -> st
         return f"{type(error).__name__}: {error}"
     finally:
         trainer.evaluate_and_write = plain_evaluate
-        Run.push_weights = plain_push  # type: ignore[method-assign]
+        Engines.push_weights = plain_push  # type: ignore[method-assign]
 
 
 def run_with_scores(recipe: str, overrides: Sequence[str], scores: Sequence[float]) -> str:

@@ -49,6 +49,7 @@ class VllmEngine:
     """`remotes`: all engines, in the same order on every first rank; [] on the other ranks."""
 
     name = "vllm"
+    every_rank_asks = False
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class VllmEngine:
         groups: Groups,
         *,
         version: str,
+        awaits_weights: bool,
         dtype: torch.dtype,
         bucket_bytes: int,
         max_concurrency: int,
@@ -66,6 +68,7 @@ class VllmEngine:
         stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.version, self.policy_version = version, -1
+        self.awaits_weights = awaits_weights
         self.answered = 0  # requests so far
         self._remotes, self._groups, self._patience_s = remotes, groups, patience_s
         self._weights: Callable[[], WeightStream] | None = None  # what it was given last

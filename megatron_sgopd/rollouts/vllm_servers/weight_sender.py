@@ -23,7 +23,7 @@ from megatron_sgopd.rollouts.vllm_servers.weight_wire import (
     broadcast,
     export_handle,
     make_group,
-    write_file,
+    write_bucket,
 )
 
 POLL_S = 0.0005
@@ -72,7 +72,7 @@ class WeightSender:
             )
             os.close(handle)
             try:
-                write_file(Path(name), bucket.flat)
+                write_bucket(Path(name), bucket.flat)
                 self._client.update(entries, {"path": name})
             finally:
                 Path(name).unlink(missing_ok=True)

@@ -161,7 +161,7 @@ def _of_json(value: Any) -> Any:
     )
 
 
-def write_file(path: Path, flat: Tensor) -> None:
+def write_bucket(path: Path, flat: Tensor) -> None:
     """The bucket's bytes, whole under its name or not there."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
