@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import os
 import socket
 import threading
@@ -224,9 +224,8 @@ def preflight(url: str, key: str, path: str, log_folder: str) -> dict[str, str]:
     """What is said before training of each way in which a server may not fit."""
     os.environ["SGOPD_ENGINE_KEY"] = key
     plain = config_of(path, temperature=1.0)
-    hf_config = read_hf_config(Path(path))
 
-    def refusal(hf: Any = hf_config, role: str = "student", **vllm: Any) -> str:
+    def refusal(model: Path = Path(path), role: str = "student", **vllm: Any) -> str:
         vllm = {"urls": [url], "num_engines": 1, "max_model_len": 400, **vllm}
         settings = replace(plain.rollout.vllm, **vllm)
         settings = replace(settings, teacher=TeacherServersConfig(urls=[url]))
@@ -236,15 +235,18 @@ def preflight(url: str, key: str, path: str, log_folder: str) -> dict[str, str]:
             logging=replace(plain.logging, run_dir=log_folder),
         )
         try:
-            make_engine(config, groups, hf, Path(path), role).close()
+            make_engine(config, groups, read_hf_config(model), model, role).close()
         except (ConfigError, EngineLost) as error:
             return f"{type(error).__name__}: {error}"
         return "nothing was said"
 
-    def other(**changes: Any) -> Any:
-        changed = copy.deepcopy(hf_config)
-        changed.update(changes)
-        return changed
+    def other(**changes: Any) -> Path:
+        """Another model's directory, as far as an engine is compared with one."""
+        folder = Path(log_folder, "other-" + "-".join(changes))
+        folder.mkdir(parents=True)
+        config = json.loads(Path(path, "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
 
     with layout(1) as groups, socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -57,7 +57,7 @@ class VllmEngine:
         groups: Groups,
         *,
         version: str,
-        awaits_weights: bool,
+        awaits_weights: bool = True,
         dtype: torch.dtype,
         bucket_bytes: int,
         max_concurrency: int,
