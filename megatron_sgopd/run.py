@@ -23,7 +23,7 @@ from megatron_sgopd.model.hf_location import read_hf_config, resolve_hf_dir
 from megatron_sgopd.model.model_card import Origin, origin_of
 from megatron_sgopd.preflight.recipe_check import require_agreement
 from megatron_sgopd.rollouts.make_engine import make_engine
-from megatron_sgopd.rollouts.pending import of_columns
+from megatron_sgopd.rollouts.pending import batch_from_columns
 from megatron_sgopd.rollouts.sampler import Sampler, make_sampler
 from megatron_sgopd.run_folder import (
     StopRequest,
@@ -73,7 +73,7 @@ class Run:
 
     def objective(self) -> Objective:
         """Makes the method's objective with the tie width that is known by now."""
-        return Objective.of(self.config, self.state.gate_eps or 0.0)
+        return Objective.from_config(self.config, self.state.gate_eps or 0.0)
 
     def prompts_of(self, step: int) -> tuple[list[Prompt], int]:
         """Returns this replica's prompts of a step and the global position of the first."""
@@ -185,8 +185,8 @@ def start_run(config: Config) -> Run:
         stop_asked=StopRequest(folder, looks=groups.rank == 0),
     )
     if pending is not None:
-        made = of_columns(pending, run.prompts_of(state.step)[0])
-        run.engines.hand_back(state.step, made)
+        made = batch_from_columns(pending, run.prompts_of(state.step)[0])
+        run.engines.set_result(state.step, made)
     run.engines.push_weights(state.policy_version)
     if state.gate_eps is not None:
         run.set_gate_eps(state.gate_eps)

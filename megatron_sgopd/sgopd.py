@@ -233,7 +233,7 @@ class CoefficientFunction:
             result = result._replace(weight=result.weight * tis, additive=result.additive * tis)
         return _imitate(result, stats, outcome, opt) if outcome.imitates else result
 
-    def of(self, outcome: Outcome) -> BatchCoefficients:
+    def for_batch(self, outcome: Outcome) -> BatchCoefficients:
         """The function of the statistics alone that the loss asks."""
         return (TokenCoefficients if self.method.token_local else BatchCoefficients)(self, outcome)
 

@@ -25,8 +25,8 @@ from megatron_sgopd.evaluation.ask import evaluate, tasks_of
 from megatron_sgopd.metrics import Clock, peak_memory, progress_bar, reduced_means
 from megatron_sgopd.model.checkpoint_files import RECIPE
 from megatron_sgopd.model.families import hf_shapes
-from megatron_sgopd.model.hf_writer import MARK, README, write_hf_dir
-from megatron_sgopd.model.model_card import mark, model_card
+from megatron_sgopd.model.hf_writer import ORIGIN_FILE, README, write_hf_dir
+from megatron_sgopd.model.model_card import model_card, origin_json
 from megatron_sgopd.model.weight_stream import iter_hf_weights
 from megatron_sgopd.rollouts.batch import (
     Batch,
@@ -152,7 +152,9 @@ def companions(run: Run) -> Companions | None:
     """Returns what makes a checkpoint self-contained, on the rank that writes it."""
     if not run.is_first:
         return None
-    return Companions(run.models.student_dir, {RECIPE: run.recipe(), MARK: mark(run.origin())})
+    return Companions(
+        run.models.student_dir, {RECIPE: run.recipe(), ORIGIN_FILE: origin_json(run.origin())}
+    )
 
 
 def make_batch(run: Run, step: int) -> Batch:
@@ -217,7 +219,9 @@ def export(run: Run, folder: str, results: dict[str, Any]) -> None:
         iter_hf_weights(model),
         hf_shapes(model.hf_config),
         model.dtype,
-        texts={README: card(run, results), MARK: mark(run.origin())} if run.is_first else None,
+        texts={README: card(run, results), ORIGIN_FILE: origin_json(run.origin())}
+        if run.is_first
+        else None,
         writes=run.is_first,
     )
 

@@ -220,7 +220,7 @@ def passes(kind: str, tokens: int, width: int, dtype: torch.dtype) -> Passes:
     lambdas = (1.0, 1.8) if count > 2 else (1.0,)
     estimator = "sampled" if kind == "sampled" else "full_vocab"
     places = torch.arange(tokens, device="cuda")
-    shard = Shard.of(
+    shard = Shard.from_rows(
         rows[0],
         tokens=places % width,
         mask=torch.ones_like(places),

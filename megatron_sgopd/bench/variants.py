@@ -68,7 +68,7 @@ def our_loss(
     """
     is_gated = case.objective == "gated_reverse_kl"
     method = sgopd.coefficients("sg_opd" if is_gated else "opd", lambda_high=LAMBDA_HIGH)
-    function = method.of(batch.outcome)
+    function = method.for_batch(batch.outcome)
     divergence = case.objective if case.objective in ("forward_kl", "jsd") else "reverse_kl"
 
     def per_candidate(a2: Tensor, index: Tensor) -> Tensor:

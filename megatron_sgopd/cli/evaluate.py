@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_sgopd.cli.common import Commands, add_command, as_rank, rank_environment
 from megatron_sgopd.config.checks import resolve
 from megatron_sgopd.config.errors import ConfigError
-from megatron_sgopd.config.evaluation import of_model
+from megatron_sgopd.config.evaluation import config_for_model
 from megatron_sgopd.config.layout import replica_size
 from megatron_sgopd.config.load import load_config
 from megatron_sgopd.config.recipe_files import RECIPES
@@ -93,7 +93,7 @@ def config_of(arguments: argparse.Namespace, world_size: int | None = None) -> C
         config = replace(config, evaluation=replace(config.evaluation, data=None, benchmarks=sets))
     folder = arguments.out or f"runs/evaluations/{config.name}"
     config = replace(config, logging=replace(config.logging, run_dir=folder))
-    return resolve(of_model(config, model or "student", world_size), world_size)
+    return resolve(config_for_model(config, model or "student", world_size), world_size)
 
 
 def _label(model: str) -> str:

@@ -71,7 +71,7 @@ def evaluation_problems(config: Config) -> Iterator[str]:
         yield f"evaluation.min_p is {e.min_p}; from 0 (off) to below 1"
 
 
-def of_model(config: Config, model: str, world_size: int | None = None) -> Config:
+def config_for_model(config: Config, model: str, world_size: int | None = None) -> Config:
     """The recipe as `sgopd evaluate` reads it. `model`: student, teacher, or a directory's path.
 
     What it says of training is left out. A replica's ranks hold no shards of the model: they share

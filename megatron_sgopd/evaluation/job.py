@@ -34,7 +34,13 @@ from megatron_sgopd.evaluation.folder import (
     read_settings,
     score,
 )
-from megatron_sgopd.evaluation.samples import Journal, Row, journal_path, read_samples, settle
+from megatron_sgopd.evaluation.samples import (
+    Journal,
+    Row,
+    journal_path,
+    merge_journals,
+    read_samples,
+)
 from megatron_sgopd.evaluation.tables import scores_table
 from megatron_sgopd.metrics import progress_bar
 from megatron_sgopd.model.content_digest import fingerprint
@@ -54,7 +60,7 @@ LOCK_PATIENCE_S = 15.0  # ranks of a killed evaluation may take a moment to end
 
 @dataclass(frozen=True)
 class Plan:
-    """An evaluation, ready to be made; `config` is resolved (`config.evaluation.of_model`)."""
+    """An evaluation, ready to be made; `config_for_model` has resolved its `config`."""
 
     config: Config
     model: Path
@@ -204,7 +210,7 @@ def begin(plan: Plan) -> None:
         write_json_lines(problems_path(folder, benchmark.name), benchmark.problems)
         # Without rows too: nothing may be appended to a journal whose only line is torn.
         rows = read_samples(folder, benchmark.name)
-        settle(folder, benchmark.name, benchmark.problems, rows)
+        merge_journals(folder, benchmark.name, benchmark.problems, rows)
     write_recipe(folder, plan.config)
     write_json(folder / "settings.json", settings)
     set_status(plan.folder, "running")
@@ -246,7 +252,7 @@ def conclude(plan: Plan) -> bool:
             v = plan.config.verifier
             with VerifierPool(v.name, v.timeout_s, v.num_workers, v.memory_mb) as verifier:
                 label(left, {p.id: p.answer for p in benchmark.prompts}, verifier)
-        settle(folder, benchmark.name, benchmark.problems, rows)
+        merge_journals(folder, benchmark.name, benchmark.problems, rows)
     if missing := plan.missing():
         total = len(plan.tasks())
         set_status(plan.folder, "stopped")

@@ -19,7 +19,7 @@ from megatron_sgopd.evaluation.folder import (
     read_settings,
     score,
 )
-from megatron_sgopd.evaluation.samples import read_samples, settle
+from megatron_sgopd.evaluation.samples import merge_journals, read_samples
 from megatron_sgopd.verifier import VerifierPool
 
 
@@ -48,7 +48,7 @@ def rescore_folder(folder: Path, out: Path, config: Config) -> dict[str, Any]:
                 answers = {p["id"]: p["answer"] for p in problems}
                 label(list(rows.values()), answers, verifier, bar.update)
             write_json_lines(problems_path(out, name), problems)
-            settle(out, name, problems, rows)
+            merge_journals(out, name, problems, rows)
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     write_json(out / "settings.json", settings)
     return score(out)

@@ -98,7 +98,7 @@ def read_samples(folder: Path, benchmark: str) -> dict[Key, Row]:
     return join(row for file in files for row in read_json_lines(file))
 
 
-def settle(
+def merge_journals(
     folder: Path, benchmark: str, problems: Sequence[Mapping[str, str]], rows: Mapping[Key, Row]
 ) -> None:
     """Writes samples/BENCHMARK.jsonl in the order of the problems, and removes the journals."""

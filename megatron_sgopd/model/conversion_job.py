@@ -28,7 +28,7 @@ from megatron_sgopd.model.families import (
 )
 from megatron_sgopd.model.hf_location import has_tokenizer, read_hf_config
 from megatron_sgopd.model.hf_reader import StoredWeights
-from megatron_sgopd.model.model_card import Origin, mark, model_card, origin_of
+from megatron_sgopd.model.model_card import Origin, model_card, origin_json, origin_of
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 MEGATRON_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -128,7 +128,7 @@ class ToHf(Job):
         Raises:
             ValueError: what cannot be converted, by name.
         """
-        check_replaceable(Path(self.out), hf_writer.OURS, hf_writer.MARK)
+        check_replaceable(Path(self.out), hf_writer.OURS, hf_writer.ORIGIN_FILE)
         if self.max_shard_bytes < 1:
             raise ValueError(f"--max-shard-size is {self.max_shard_bytes} bytes; use 1 or more")
         self._check_sizes(self.hf_config)
@@ -157,7 +157,7 @@ def card_texts(stored: Stored) -> dict[str, str]:
         if results.get("steps") != stored.step:
             results = None  # of another checkpoint
     card = model_card(origin, recipe=recipe, step=stored.step, results=results)
-    return {hf_writer.README: card, hf_writer.MARK: mark(origin)}
+    return {hf_writer.README: card, hf_writer.ORIGIN_FILE: origin_json(origin)}
 
 
 def _check_shapes(stored: Stored, hf_config: Any) -> None:

@@ -1,7 +1,7 @@
 """Hugging Face <-> Megatron on this rank, a parameter or a layer at a time.
 
-No model is held: a hollow one (shapes without memory) says which part of which tensor this rank has
-in the checkpoint, and its content passes from file to file.
+No model is held: one on the meta device (shapes without memory) says which part of which tensor
+this rank has in the checkpoint, and its content passes from file to file.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from megatron_sgopd.model.conversion_job import ToHf, ToMegatron
 from megatron_sgopd.model.families import hf_shapes
 from megatron_sgopd.model.gpt import ShardedModel, build_model, global_name
 from megatron_sgopd.model.hf_reader import StoredWeights
-from megatron_sgopd.model.hf_writer import MARK, copy_companions, write_hf_dir
-from megatron_sgopd.model.model_card import mark
+from megatron_sgopd.model.hf_writer import ORIGIN_FILE, copy_companions, write_hf_dir
+from megatron_sgopd.model.model_card import origin_json
 from megatron_sgopd.model.weight_stream import iter_hf_weights, join_parts, source_names
 
 CPU = torch.device("cpu")
@@ -54,17 +54,19 @@ def convert(job: ToMegatron | ToHf) -> None:
 def to_megatron(job: ToMegatron, groups: Groups) -> None:
     out = Path(job.out)
     temporary = from_first_rank(begin_folder(out) if groups.rank == 0 else None)
-    model = _hollow(job, groups)
+    model = _model_on_meta_device(job, groups)
     save_weights(temporary, model, job.weights)
     dist.barrier()  # every rank's part is on disk before the name says so
     if groups.rank == 0:
-        copy_companions(Path(job.hf), temporary / COMPANIONS, {MARK: mark(job.origin)})
+        copy_companions(
+            Path(job.hf), temporary / COMPANIONS, {ORIGIN_FILE: origin_json(job.origin)}
+        )
         finish_folder(out)
     dist.barrier()
 
 
 def to_hf(job: ToHf, groups: Groups) -> None:
-    model = _hollow(job, groups)
+    model = _model_on_meta_device(job, groups)
     shards = CheckpointShards(job.stored.path, model)
     write_hf_dir(
         Path(job.out),
@@ -88,16 +90,19 @@ def _layout(job: ToMegatron | ToHf) -> ParallelConfig:
     )
 
 
-def _hollow(job: ToMegatron | ToHf, groups: Groups) -> ShardedModel:
+def _model_on_meta_device(job: ToMegatron | ToHf, groups: Groups) -> ShardedModel:
     dtype = job.target_dtype if isinstance(job, ToMegatron) else job.stored.dtype
-    return build_model(job.hf_config, groups, dtype=dtype, trainable=False, hollow=True)
+    return build_model(job.hf_config, groups, dtype=dtype, trainable=False, on_meta_device=True)
 
 
 # -- to a checkpoint -------------------------------------------------------------------------------
 
 
 def save_weights(folder: Path, model: ShardedModel, weights: StoredWeights) -> None:
-    """This rank's part of a hollow model into a checkpoint, each tensor read when it is written."""
+    """Writes this rank's part into a checkpoint, each tensor read when it is written.
+
+    `model` is on the meta device.
+    """
     sharded = {f"model{i}": c.sharded_state_dict() for i, c in enumerate(model.chunks)}
     reader = _Reader(model, weights)
     dist_checkpointing.save(sharded, str(folder), sharded_strategy=_SaveAsRead(reader))

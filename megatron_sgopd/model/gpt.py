@@ -35,7 +35,7 @@ class DistillationGPTModel(GPTModel):
     _hands_over_hidden_states = False
 
     @contextmanager
-    def handing_over_hidden_states(self) -> Iterator[None]:
+    def returning_hidden_states(self) -> Iterator[None]:
         """Inside, forward on the last stage returns the states before the output layer.
 
         [L, R, D], after the final norm; sequence shards [L / TP, R, D] under sequence parallelism.
@@ -105,12 +105,12 @@ def build_model(
     transformer_impl: str = "local",
     trainable: bool,
     shared_vocab_size: int | None = None,
-    hollow: bool = False,
+    on_meta_device: bool = False,
 ) -> ShardedModel:
     """This rank's part of the model of a Hugging Face config, its weights not yet loaded.
 
     Vocabulary rows from `shared_vocab_size` on (None: the model has no others) enter no softmax.
-    `hollow`: its matrices have shapes and take no memory, for what reads and writes checkpoints.
+    `on_meta_device`: its matrices have shapes and take no memory, for what converts checkpoints.
 
     Raises:
         ValueError: an architecture, option or size that does not fit, by name.
@@ -126,7 +126,7 @@ def build_model(
         stage = virtual * groups.pp_size + groups.pp_rank
         config = transformer_config(hf_config, groups, dtype, trainable=trainable)
         multiple = groups.config.make_vocab_size_divisible_by
-        with torch.device("meta") if hollow else nullcontext():
+        with torch.device("meta") if on_meta_device else nullcontext():
             chunk = DistillationGPTModel(
                 config,
                 block_spec(per_stage[stage], transformer_impl, qk_norm=family.qk_norm),
@@ -145,7 +145,7 @@ def build_model(
         if not trainable:
             chunk.requires_grad_(False)
             chunk.eval()
-        if not hollow:
+        if not on_meta_device:
             chunk = chunk.to(groups.device)
         if hf_config.rope_parameters.get("rope_type", "default") == "llama3":
             # Megatron's own scaling knows Llama 3.1's numbers only.

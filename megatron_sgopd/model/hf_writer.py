@@ -22,8 +22,8 @@ from megatron_sgopd.model.hf_location import COMPANIONS, INDEX, ONE_FILE
 from megatron_sgopd.model.hf_reader import DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers; a shard costs no memory here
-README, MARK = "README.md", "sgopd.json"
-OURS = (*COMPANIONS, "config.json", README, MARK, "model*.safetensors", INDEX, "recipe.yaml")
+README, ORIGIN_FILE = "README.md", "sgopd.json"
+OURS = (*COMPANIONS, "config.json", README, ORIGIN_FILE, "model*.safetensors", INDEX, "recipe.yaml")
 HEADER_ALIGNMENT = 8
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_sgopd.config.hub_names import is_hub_name
-from megatron_sgopd.model.hf_writer import MARK, README
+from megatron_sgopd.model.hf_writer import ORIGIN_FILE, README
 from megatron_sgopd.versions import installed
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -35,8 +35,8 @@ class Origin:
 
 def origin_of(name: str, directory: Path) -> Origin:
     """Of a model that was asked for by this name and lies in this directory."""
-    if (directory / MARK).is_file():  # an export of ours keeps its origin
-        kept = json.loads((directory / MARK).read_text(encoding="utf-8"))
+    if (directory / ORIGIN_FILE).is_file():  # an export of ours keeps its origin
+        kept = json.loads((directory / ORIGIN_FILE).read_text(encoding="utf-8"))
         return Origin(kept.get("name", ""), kept.get("base_model"), kept.get("licence", {}))
     on_hub = is_hub_name(name)
     front = front_matter(directory / README)
@@ -57,7 +57,7 @@ def front_matter(readme: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def mark(origin: Origin) -> str:
+def origin_json(origin: Origin) -> str:
     """The text of sgopd.json."""
     version = installed("megatron_sgopd") or "from a folder, not installed"
     written = {"written_by": f"megatron_sgopd {version}"}

@@ -109,7 +109,7 @@ def check_parallel(config: Config) -> Report:
         config = shrink(config)
         models = make_models(config, groups)
         rollouts = draw_rollouts(models, groups.dp_size)
-        objective = Objective.of(config, eps=0.0)
+        objective = Objective.from_config(config, eps=0.0)
         metrics, gradients = _under_the_layout(config, groups, models, rollouts, objective)
         report = None
         if groups.rank == 0:

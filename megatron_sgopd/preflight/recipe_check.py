@@ -100,7 +100,7 @@ def _starts_vllm(config: Config) -> bool:
 
 def _paths(config: Config) -> dict[str, str]:
     """role -> directory or hub name of the models that the objective needs."""
-    objective, model = Objective.of(config, eps=0.0), config.model
+    objective, model = Objective.from_config(config, eps=0.0), config.model
     paths = {"student": model.student.hf_path}
     if objective.needs_teacher:
         paths["teacher"] = model.teacher.hf_path or ""

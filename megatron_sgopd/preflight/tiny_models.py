@@ -44,7 +44,7 @@ def shrink(config: Config) -> Config:
 
 def make_models(config: Config, groups: Groups) -> dict[str, Any]:
     """{role: transformers model}, the same on every rank."""
-    objective = Objective.of(config, eps=0.0)
+    objective = Objective.from_config(config, eps=0.0)
     wanted = {
         "student": True,
         "teacher": objective.needs_teacher,

@@ -24,11 +24,11 @@ class Jobs(Protocol):
 
     def result(self) -> Any: ...
 
-    def hand_back(self, result: Any) -> None:
+    def set_result(self, result: Any) -> None:
         """What the next `result` gives, in place of a job begun."""
         ...
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         """Returns when no engine is being asked."""
         ...
 
@@ -61,10 +61,10 @@ class OnEveryRank:
         job, self._job = self._job, None
         return job()
 
-    def hand_back(self, result: Any) -> None:
+    def set_result(self, result: Any) -> None:
         self._job = lambda: result
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         pass
 
     def run(self, job: Callable[[], Result]) -> Result:
@@ -96,12 +96,12 @@ class OnFirstRank:
         (job, future), self._begun = self._begun, None
         return self._finish(job, future)
 
-    def hand_back(self, result: Any) -> None:
+    def set_result(self, result: Any) -> None:
         assert self._begun is None, "one job at a time"
         future = _done(result) if self._groups.is_replica_first_rank else None
         self._begun = (lambda: result, future)
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         if self._begun is not None and self._begun[1] is not None:
             wait([self._begun[1]])
 

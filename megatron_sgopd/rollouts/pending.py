@@ -50,7 +50,7 @@ def to_columns(batch: Batch) -> Columns:
     }
 
 
-def of_columns(columns: Columns, prompts: Sequence[Prompt]) -> Batch:
+def batch_from_columns(columns: Columns, prompts: Sequence[Prompt]) -> Batch:
     """`prompts`: of the batch's groups, in their order."""
     lengths = columns["lengths"]
     token_ids = [tuple(t.tolist()) for t in columns["token_ids"].split(lengths)]

@@ -72,7 +72,7 @@ def save_checkpoint(
     # Megatron would start a manager process for this queue, seconds of imports that outlive a rank
     # which is killed. A synchronous save puts and gets in this process: a plain queue will do.
     filesystem_async._results_queue = queue.Queue()
-    with student.optimizer_at_hand():
+    with student.optimizer_on_device():
         whole = _sharded(student, state, pending, is_loading=False)
         dist_checkpointing.save(whole, str(temporary))
     dist.barrier()  # every rank's shards are on disk before the name says so
@@ -108,12 +108,12 @@ def load_checkpoint(
             f"{path} was written by {state.world_size} ranks and this run has "
             f"{dist.get_world_size()}: start it with the same number"
         )
-    with student.optimizer_at_hand():
+    with student.optimizer_on_device():
         wanted = _sharded(student, state, None, is_loading=True)
         loaded = dist_checkpointing.load(wanted, str(path))
     for i, chunk in enumerate(student.model.chunks):
         chunk.load_state_dict(loaded[f"model{i}"])
-    with student.optimizer_at_hand():
+    with student.optimizer_on_device():
         student.optimizer.load_state_dict(loaded["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
     rng = loaded["rng"]

@@ -56,7 +56,7 @@ class Engines:
         """
         if self.student is None:
             return {}
-        self.jobs.settle()  # no completion of two policies
+        self.jobs.wait_until_idle()  # no completion of two policies
         push_weights(self._model, self.student, policy_version)
         if self._guard is None:
             return {}
@@ -73,9 +73,9 @@ class Engines:
         self.jobs.begin(job)
         self.begun = step
 
-    def hand_back(self, step: int, made: Any) -> None:
+    def set_result(self, step: int, made: Any) -> None:
         """Takes a step's rollouts that are made already, in place of a job begun."""
-        self.jobs.hand_back(made)
+        self.jobs.set_result(made)
         self.begun = step
 
     def made_ahead(self) -> Any:
@@ -83,7 +83,7 @@ class Engines:
         if self.begun is None:
             return None
         made = self.jobs.result()
-        self.jobs.hand_back(made)
+        self.jobs.set_result(made)
         return made
 
     def result(self) -> Any:
@@ -121,6 +121,6 @@ def make_teacher_engine(
     model = teacher.model
     engine = make_engine(config, groups, model.hf_config, path, "teacher", model.shared_vocab_size)
     if engine.awaits_weights:
-        with teacher.at_hand():
+        with teacher.on_device():
             engine.push_weights(lambda: iter_hf_weights(model), 0)
     return engine

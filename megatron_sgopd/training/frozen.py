@@ -28,7 +28,7 @@ from megatron_sgopd.model.gpt import ShardedModel
 from megatron_sgopd.training.forward import forward
 from megatron_sgopd.training.hidden_states import HiddenStates, StoredStates
 from megatron_sgopd.training.objective import Objective
-from megatron_sgopd.training.offload import Shelf
+from megatron_sgopd.training.offload import Offloader
 from megatron_sgopd.training.packing import MicroBatch, context_columns
 from megatron_sgopd.vocab_parallel import Rows, sampled_logprobs
 
@@ -36,7 +36,7 @@ BLOCK = 4  # micro-batches a copy's stages hold at once before they are handed o
 
 
 @dataclass(frozen=True)
-class Handover:
+class FrozenScores:
     """What the loss gets of one micro-batch: log-probs [T], or hidden states and head rows."""
 
     logprobs: Tensor | None = None
@@ -60,37 +60,39 @@ class Frozen:
     offload: bool = False
     hidden_states_budget: float | None = None  # bytes on the device; None: no limit
 
-    def score(self, batches: Sequence[MicroBatch], objective: Objective) -> list[Handover | None]:
-        """The hand-over of each whole micro-batch; None but on the student's last stage.
+    def score(
+        self, batches: Sequence[MicroBatch], objective: Objective
+    ) -> list[FrozenScores | None]:
+        """Scores each whole micro-batch; None but on the student's last stage.
 
         Collective over the replica.
         """
         store = HiddenStates(self.student.tp_group, self.student.device, self.hidden_states_budget)
-        with self.at_hand():
+        with self.on_device():
             if self.model.groups is self.student:
                 return self._score_beside_the_student(batches, objective, store)
             return self._score_apart(batches, objective, store)
 
     @contextmanager
-    def at_hand(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         """Inside, the weights are on the device; outside only where they are not offloaded."""
         if not self.offload:
             yield
             return
-        with self._shelf.at_hand(self._parked):
+        with self._offloader.on_device(self._offloaded):
             yield
 
-    def park(self) -> None:
+    def offload_weights(self) -> None:
         """Takes the weights off the device until they are needed, if the recipe says so."""
         if self.offload:
-            self._shelf.put_away(self._parked)
+            self._offloader.offload(self._offloaded)
 
     @cached_property
-    def _shelf(self) -> Shelf:
-        return Shelf(self.student.device)
+    def _offloader(self) -> Offloader:
+        return Offloader(self.student.device)
 
     @cached_property
-    def _parked(self) -> list[Tensor]:
+    def _offloaded(self) -> list[Tensor]:
         """All weights but the LM head, which the student's loss projects with."""
         kept = set()
         if self.model.groups is self.student and self.student.is_last_stage:
@@ -99,22 +101,22 @@ class Frozen:
 
     def _score_beside_the_student(
         self, batches: Sequence[MicroBatch], objective: Objective, store: HiddenStates
-    ) -> list[Handover | None]:
+    ) -> list[FrozenScores | None]:
         """In the student's own layout: each rank scores its part, and keeps it."""
         groups = self.student
         parts = [b.context_shard(groups.cp_rank, groups.cp_size) for b in batches]
 
-        def hand_over(part: MicroBatch, hidden: Tensor) -> Handover:
+        def score_part(part: MicroBatch, hidden: Tensor) -> FrozenScores:
             stored = store.put(hidden, part.shape[1])
-            return self._handover(part, stored, objective)
+            return self._scores(part, stored, objective)
 
-        outputs: Sequence[Handover | None] = run_forward(self.model, parts, hand_over)
+        outputs: Sequence[FrozenScores | None] = run_forward(self.model, parts, score_part)
         return list(outputs) if groups.is_last_stage else [None] * len(batches)
 
-    def _handover(self, part: MicroBatch, stored: StoredStates, objective: Objective) -> Handover:
+    def _scores(self, part: MicroBatch, stored: StoredStates, objective: Objective) -> FrozenScores:
         if objective.estimator == "full_vocab":
-            return Handover(states=stored, head=self.student_head)
-        return Handover(logprobs=self._logprobs(part, stored.take(), objective))
+            return FrozenScores(states=stored, head=self.student_head)
+        return FrozenScores(logprobs=self._logprobs(part, stored.take(), objective))
 
     def _logprobs(self, part: MicroBatch, hidden: Tensor, objective: Objective) -> Tensor:
         """Log-probs [T] of the targets, 0 where masked; one collective of the model's TP."""
@@ -130,12 +132,12 @@ class Frozen:
 
     def _score_apart(
         self, batches: Sequence[MicroBatch], objective: Objective, store: HiddenStates
-    ) -> list[Handover | None]:
+    ) -> list[FrozenScores | None]:
         """In a layout of its own: copies share the micro-batches out, then tell the student."""
         mine = self.model.groups
         if objective.estimator == "full_vocab":
             _ = self.student_head  # collective: all ranks at once
-        handed: list[Handover | None] = []
+        scores: list[FrozenScores | None] = []
         for start in range(0, len(batches), block := BLOCK * mine.num_copies):
             some = batches[start : start + block]
             own = HiddenStates(mine.tp_group, mine.device, None)
@@ -150,23 +152,23 @@ class Frozen:
 
             outputs = run_forward(self.model, some[mine.copy :: mine.num_copies], whole)
             for i, batch in enumerate(some):
-                told = outputs[i // mine.num_copies] if self._speaks_for(i) else None
-                handed.append(self._tell(batch, told, i, objective, store))
-        return handed
+                told = outputs[i // mine.num_copies] if self._broadcasts(i) else None
+                scores.append(self._broadcast_scores(batch, told, i, objective, store))
+        return scores
 
-    def _speaks_for(self, index: int) -> bool:
+    def _broadcasts(self, index: int) -> bool:
         """Whether this rank tells the student of a block's micro-batch."""
         groups = self.model.groups
         return groups.counts_tokens and index % groups.num_copies == groups.copy
 
-    def _tell(
+    def _broadcast_scores(
         self,
         batch: MicroBatch,
         told: Tensor | None,
         index: int,
         objective: Objective,
         store: HiddenStates,
-    ) -> Handover | None:
+    ) -> FrozenScores | None:
         """Broadcasts one micro-batch's rows over the replica; its last stage keeps its part."""
         student, (rows, length) = self.student, batch.shape
         source = self._sources[index % self.model.groups.num_copies]
@@ -183,9 +185,9 @@ class Frozen:
             columns = context_columns(length, batch.cu_seqlens, student.cp_rank, student.cp_size)
             told = told.unflatten(0, (rows, length))[:, columns.to(told.device)].flatten(0, 1)
         if not full:
-            return Handover(logprobs=told)
+            return FrozenScores(logprobs=told)
         states = told.unflatten(0, (rows, -1)).transpose(0, 1)  # [L, R, D]
-        return Handover(states=store.put(states, states.shape[0]), head=self.student_head)
+        return FrozenScores(states=store.put(states, states.shape[0]), head=self.student_head)
 
     @cached_property
     def _sources(self) -> list[int]:
@@ -269,7 +271,7 @@ def run_forward(
     schedule = get_forward_backward_func(
         groups.pp_size, groups.config.virtual_pipeline_model_parallel_size
     )
-    with model.last_chunk.handing_over_hidden_states():
+    with model.last_chunk.returning_hidden_states():
         outputs = schedule(
             forward_step_func=step,
             data_iterator=[iter(parts) for _ in model.chunks],

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sgopd.distributed.collectives import all_gather
-from megatron_sgopd.training.offload import Shelf
+from megatron_sgopd.training.offload import Offloader
 
 
 class HiddenStates:
@@ -42,30 +42,30 @@ class HiddenStates:
         shard = states.detach().clone()  # a view would keep the whole alive
         num_bytes = shard.numel() * shard.element_size()
         fits = self.budget_bytes is None or self.device_bytes + num_bytes <= self.budget_bytes
-        stored = StoredStates(self, shard, length, None if fits else Shelf(self.device))
-        if stored.shelf is None:
+        stored = StoredStates(self, shard, length, None if fits else Offloader(self.device))
+        if stored.offloader is None:
             self.device_bytes += num_bytes
             self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)
         else:
-            stored.shelf.put_away([shard])
+            stored.offloader.offload([shard])
             self.spilled_bytes += num_bytes
         return stored
 
 
 @dataclass
 class StoredStates:
-    """One micro-batch's shard; `shelf` holds its bytes when they are off the device."""
+    """One micro-batch's shard; `offloader` holds its bytes when they are off the device."""
 
     owner: HiddenStates
     shard: Tensor | None  # [ceil(L / TP), R, D]; None once taken
     length: int
-    shelf: Shelf | None
+    offloader: Offloader | None
 
     def take(self) -> Tensor:
         """The whole states [R * L, D], gathered over the tensor parallel group; once only."""
         states = self.look()
-        if self.shelf is not None:
-            self.shelf.close()
+        if self.offloader is not None:
+            self.offloader.close()
         elif self.shard is not None:
             self.owner.device_bytes -= self.shard.numel() * self.shard.element_size()
         self.shard = None
@@ -75,13 +75,13 @@ class StoredStates:
         """The same for a pass that is not the last one: the shard stays."""
         shard = self.shard
         assert shard is not None, "hidden states are taken once"
-        if self.shelf is not None:
-            self.shelf.bring_back()
+        if self.offloader is not None:
+            self.offloader.restore()
         group = self.owner.tp_group
         if group.size() > 1:
             shard = all_gather(shard, group).flatten(0, 1)[: self.length]
         states = shard.transpose(0, 1).flatten(0, 1)
-        if self.shelf is not None and self.shard is not None:
+        if self.offloader is not None and self.shard is not None:
             states = states.clone()  # a micro-batch of one row is a view of the shard
-            self.shelf.put_away([self.shard])
+            self.offloader.offload([self.shard])
         return states

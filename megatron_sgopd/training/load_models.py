@@ -34,9 +34,9 @@ class Vocabulary:
     shared: int
 
     @classmethod
-    def of(cls, config: Config) -> Vocabulary:
+    def from_config(cls, config: Config) -> Vocabulary:
         """Reads the config.json of every model that the recipe's objective needs."""
-        model, objective = config.model, Objective.of(config, eps=0.0)
+        model, objective = config.model, Objective.from_config(config, eps=0.0)
         needed = [
             model.teacher.hf_path if objective.needs_teacher else None,
             model.reference.hf_path if objective.needs_reference else None,
@@ -61,7 +61,7 @@ def load_models(config: Config, groups: Groups, student_dir: Path) -> Models:
     Raises:
         ValueError: weights that are missing, damaged or of other shapes.
     """
-    objective, vocabulary = Objective.of(config, eps=0.0), Vocabulary.of(config)
+    objective, vocabulary = Objective.from_config(config, eps=0.0), Vocabulary.from_config(config)
     model = load_student(config, groups, vocabulary, trainable=True)
     teacher = load_teacher(config, groups, vocabulary) if objective.needs_teacher else None
     reference = load_reference(config, groups, vocabulary) if objective.needs_reference else None
@@ -99,13 +99,13 @@ def load_reference(config: Config, groups: Groups, vocabulary: Vocabulary) -> Fr
         model = load_student(config, layout, vocabulary, trainable=False)
     else:
         model = load_frozen(reference.hf_path, config, layout, vocabulary)
-    return _parked(model, reference, config, groups)
+    return _frozen(model, reference, config, groups)
 
 
 def load_teacher(config: Config, groups: Groups, vocabulary: Vocabulary) -> Frozen:
     teacher = config.model.teacher
     model = load_frozen(teacher.hf_path or "", config, _own_layout(teacher, groups), vocabulary)
-    return _parked(model, teacher, config, groups)
+    return _frozen(model, teacher, config, groups)
 
 
 def load_frozen(
@@ -145,11 +145,11 @@ def _with_rows(path: Path, own_rows: int, rows: int) -> Iterator[tuple[str, Tens
             yield name, torch.cat([tensor[:rows], padding])
 
 
-def _parked(model: ShardedModel, frozen: FrozenConfig, config: Config, groups: Groups) -> Frozen:
+def _frozen(model: ShardedModel, frozen: FrozenConfig, config: Config, groups: Groups) -> Frozen:
     megabytes = config.parallel.hidden_states_budget_mb
     budget = None if megabytes is None else megabytes * 2**20
     made = Frozen(model, groups, frozen.offload, budget)
-    made.park()
+    made.offload_weights()
     return made
 
 

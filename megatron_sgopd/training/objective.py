@@ -47,7 +47,7 @@ class Objective:
     top_k: int | None = None
 
     @classmethod
-    def of(cls, config: Config, eps: float) -> Objective:
+    def from_config(cls, config: Config, eps: float) -> Objective:
         """The objective of a resolved recipe; eps is the gate's tie width as a number."""
         distill, gate = config.distill, config.distill.gate
         options = sgopd.MethodOptions(
@@ -145,7 +145,7 @@ class Objective:
             mask=micro_batch.loss_mask.flatten(),
             group=group,
             vocab_size=vocab_size,
-            coefficients=self.function.of(outcome),
+            coefficients=self.function.for_batch(outcome),
             lambdas=self.lambdas,
             estimator=self.estimator,
             temperature=self.temperature,

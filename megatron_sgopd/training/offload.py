@@ -22,7 +22,7 @@ SMALLEST_BYTES = 1024  # what is smaller (step counters) stays where it is
 _LIBC = ctypes.CDLL(None)
 
 
-class Shelf:
+class Offloader:
     """Tensors stay the same objects with the same views; only their storages lose their bytes."""
 
     def __init__(self, device: torch.device, folder: str | os.PathLike[str] | None = None) -> None:
@@ -33,10 +33,10 @@ class Shelf:
         self._file: IO[bytes] | None = None
 
     @property
-    def bytes_away(self) -> int:
+    def bytes_offloaded(self) -> int:
         return sum(size for _, size in self._sizes.values())
 
-    def put_away(self, tensors: Iterable[Tensor]) -> None:
+    def offload(self, tensors: Iterable[Tensor]) -> None:
         """Copies every storage once, then frees it; tensors on other devices are left alone.
 
         Raises:
@@ -69,7 +69,7 @@ class Shelf:
         if self.device.type == "cpu" and hasattr(_LIBC, "malloc_trim"):
             _LIBC.malloc_trim(0)  # glibc keeps what is under 32 MiB, and may not even reuse it
 
-    def bring_back(self) -> None:
+    def restore(self) -> None:
         """Every byte back where it was; does nothing when nothing is away."""
         if not self._sizes:
             return
@@ -86,17 +86,17 @@ class Shelf:
         self._sizes = {}
 
     @contextmanager
-    def at_hand(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+    def on_device(self, tensors: Iterable[Tensor]) -> Iterator[None]:
         """Brings the bytes back, and puts them away again afterwards."""
-        self.bring_back()
+        self.restore()
         try:
             yield
         finally:
-            self.put_away(tensors)
+            self.offload(tensors)
 
     def close(self) -> None:
         """Brings everything back and gives up buffers and file."""
-        self.bring_back()
+        self.restore()
         self._pinned = []
         if self._file is not None:
             self._file.close()
@@ -113,7 +113,7 @@ class Shelf:
 
     def _copy_to_file(self, storages: list[torch.UntypedStorage]) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(  # noqa: SIM115  it lives as long as the shelf
+            self._file = tempfile.TemporaryFile(  # noqa: SIM115  it lives as long as the offloader
                 buffering=0, dir=self._folder, prefix="sgopd-offload-"
             )
         self._file.seek(0)

@@ -27,7 +27,7 @@ from megatron_sgopd.config.schema import Config
 from megatron_sgopd.distributed.groups import Groups, alignment, gather_objects, sequence_alignment
 from megatron_sgopd.metrics import Clock, Sums, add_up, reduced_means
 from megatron_sgopd.training.forward import forward
-from megatron_sgopd.training.frozen import Frozen, Handover
+from megatron_sgopd.training.frozen import Frozen, FrozenScores
 from megatron_sgopd.training.objective import Objective, Scores, outcome_of, token_metrics
 from megatron_sgopd.training.packing import (
     MicroBatch,
@@ -50,8 +50,8 @@ class Work:
     """This rank's part of a micro-batch and, on the last stage, what the frozen models said."""
 
     part: MicroBatch
-    teacher: Handover | None
-    reference: Handover | None
+    teacher: FrozenScores | None
+    reference: FrozenScores | None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def prepare(
     )
     batches = [b.to(groups.device) for b in batches]
     padded, computed = padding_share(batches, rollouts)
-    nobody: list[Handover | None] = [None] * len(batches)
+    nobody: list[FrozenScores | None] = [None] * len(batches)
     work = [
         Work(batch.context_shard(groups.cp_rank, groups.cp_size), by_teacher, by_reference)
         for batch, by_teacher, by_reference in zip(
@@ -245,7 +245,7 @@ def run_schedule(
     chunks = list(student.ddp)
     # Forward only, nothing may be written: the loss makes its gradients in the forward pass.
     with (
-        student.model.last_chunk.handing_over_hidden_states(),
+        student.model.last_chunk.returning_hidden_states(),
         torch.set_grad_enabled(not forward_only),
     ):
         outputs = get_forward_backward_func()(

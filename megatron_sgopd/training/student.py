@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.distributed.groups import Groups
 from megatron_sgopd.model.gpt import ShardedModel
-from megatron_sgopd.training.offload import Shelf
+from megatron_sgopd.training.offload import Offloader
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Student:
     ddp: tuple[DistributedDataParallel, ...]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    shelf: Shelf | None  # holds the optimizer's state between updates
+    offloader: Offloader | None  # holds the optimizer's state between updates
 
     @property
     def groups(self) -> Groups:
@@ -47,16 +47,16 @@ class Student:
         return float(self.optimizer.param_groups[0]["lr"])
 
     @contextmanager
-    def optimizer_at_hand(self) -> Iterator[None]:
+    def optimizer_on_device(self) -> Iterator[None]:
         """Inside, the optimizer's state is on the device; outside only if it is not offloaded."""
-        if self.shelf is None:
+        if self.offloader is None:
             yield
             return
-        self.shelf.bring_back()
+        self.offloader.restore()
         try:
             yield
         finally:
-            self.shelf.put_away(self._optimizer_tensors())
+            self.offloader.offload(self._optimizer_tensors())
 
     def wait_for(self, parameter: Tensor) -> None:
         """Waits until an overlapped gather has brought a parameter that no module's call reads.
@@ -76,7 +76,7 @@ class Student:
     def update(self) -> tuple[bool, float]:
         """One optimizer step on the gradients there are: (whether it was taken, their norm)."""
         self.scheduler.step(1)  # before the update: the first step has a learning rate
-        with self.optimizer_at_hand():
+        with self.optimizer_on_device():
             updated, norm, _ = self.optimizer.step()
         for chunk in self.ddp:
             # The new weights are wanted by the engine before any forward pass would fetch them.
@@ -147,8 +147,8 @@ def make_student(model: ShardedModel, config: Config) -> Student:
         wd_incr_steps=config.num_steps,
         wd_incr_style="constant",
     )
-    shelf = Shelf(model.groups.device) if config.optimizer.offload else None
-    return Student(model, tuple(chunks), optimizer, scheduler, shelf)
+    offloader = Offloader(model.groups.device) if config.optimizer.offload else None
+    return Student(model, tuple(chunks), optimizer, scheduler, offloader)
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:

@@ -37,7 +37,7 @@ def measure_tie_width(
 
     The teacher's side goes through the real frozen path, in the teacher's layout.
     """
-    objective = Objective.of(config, eps=0.0).for_statistics()
+    objective = Objective.from_config(config, eps=0.0).for_statistics()
     mirror = Frozen(_in_layout_of(teacher, student.model, config), student.groups)
     sample = enough_tokens(rollouts, config, student.model.shared_vocab_size)
     work = prepare(mirror, None, sample, objective, config, student.groups).work

@@ -144,21 +144,21 @@ class Guard:
         )
         batches = [b.to(groups.device) for b in batches]
         objective = replace(
-            Objective.of(self.config, eps=0.0),
+            Objective.from_config(self.config, eps=0.0),
             estimator="sampled",
             temperature=self.config.rollout.temperature,
         )
-        scores = Frozen(self.student.model, groups).score(batches, objective)
+        scored = Frozen(self.student.model, groups).score(batches, objective)
         rows = []
-        for batch, handed in zip(batches, scores, strict=True):
+        for batch, scores in zip(batches, scored, strict=True):
             whole = torch.zeros(batch.shape, device=groups.device)
-            if handed is not None and groups.tp_rank == 0:
+            if scores is not None and groups.tp_rank == 0:
                 columns = torch.arange(batch.shape[1])
                 if groups.cp_size > 1:
                     columns = context_columns(
                         batch.shape[1], batch.cu_seqlens, groups.cp_rank, groups.cp_size
                     )
-                logprobs = handed.logprobs
+                logprobs = scores.logprobs
                 assert logprobs is not None, "sampled hands over log-probs"
                 whole[:, columns.to(whole.device)] = logprobs.view(batch.shape[0], -1)
             dist.all_reduce(whole, group=groups.replica_group)

@@ -107,7 +107,7 @@ def distillation_loss(
             f"chunk_tokens is {chunk_tokens}; one token or more is wanted (None: auto)"
         )
     check_models(choice, models)
-    shard = Shard.of(
+    shard = Shard.from_rows(
         student, tokens=tokens, mask=mask, group=group, vocab_size=vocab_size,
         temperature=temperature,
     )  # fmt: skip
@@ -134,7 +134,7 @@ def sampled_logprobs(
     """
     check_inputs({"student": rows}, tokens, mask)
     with torch.no_grad():
-        shard = Shard.of(
+        shard = Shard.from_rows(
             rows, tokens=tokens, mask=mask, group=group, vocab_size=vocab_size,
             temperature=temperature,
         )  # fmt: skip

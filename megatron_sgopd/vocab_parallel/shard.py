@@ -77,7 +77,7 @@ class Shard:
     dtype: torch.dtype  # of the arithmetic: fp32, or float64 on float64
 
     @classmethod
-    def of(
+    def from_rows(
         cls,
         rows: Rows,
         *,

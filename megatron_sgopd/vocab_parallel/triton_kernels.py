@@ -41,7 +41,7 @@ class Tile:
     K: int
 
     @classmethod
-    def of(cls, matrices: Sequence[Tensor]) -> Tile:
+    def from_matrices(cls, matrices: Sequence[Tensor]) -> Tile:
         """Two reads a lane of each model, as wide as there are; no more lanes than a row needs.
 
         Three models in 16 bits get one read each: two would take 94 registers a thread, with which
@@ -63,7 +63,7 @@ def statistics(objective: Objective, chunk: Chunk) -> Columns:
     if n == 0:
         return columns
     matrices, models = _models(chunk)
-    tile = Tile.of(matrices)
+    tile = Tile.from_matrices(matrices)
     sum_at = _sum_at(objective)
     with torch.cuda.device_of(student):
         statistics_kernel[(n,)](
@@ -126,7 +126,7 @@ def gradient(objective: Objective, chunk: Chunk, local: Columns, factors: Factor
     out = chunk.student if chunk.narrow is None else chunk.narrow
     same_memory = out.untyped_storage().data_ptr() == chunk.student.untyped_storage().data_ptr()
     narrows = same_memory and out.element_size() < chunk.student.element_size()
-    tile = Tile.of(matrices)
+    tile = Tile.from_matrices(matrices)
     softmaxes = [s or local.student for s in (local.student, local.teacher, local.reference)]
     with torch.cuda.device_of(out):
         gradient_kernel[(len(chunk),)](

@@ -19,7 +19,13 @@ from megatron_sgopd.__main__ import _parse, main
 from megatron_sgopd.atomic_files import read_json_lines
 from megatron_sgopd.cli.evaluate import PROTOCOL, config_of
 from megatron_sgopd.config.load import load_config
-from megatron_sgopd.evaluation.samples import Journal, join, journal_path, read_samples, settle
+from megatron_sgopd.evaluation.samples import (
+    Journal,
+    join,
+    journal_path,
+    merge_journals,
+    read_samples,
+)
 from megatron_sgopd.model import content_digest as fingerprints
 from megatron_sgopd.model.content_digest import fingerprint
 from megatron_sgopd.rollouts.vllm_servers.server import free_ports
@@ -470,7 +476,7 @@ def test_a_benchmark_does_not_touch_one_whose_name_begins_like_its_own(tmp_path:
         journal.close()
     rows = read_samples(tmp_path, "aime")
     assert rows == {("p", 0): row | {"completion": "aime"}}
-    settle(tmp_path, "aime", [{"id": "p"}], rows)
+    merge_journals(tmp_path, "aime", [{"id": "p"}], rows)
     for name in ("aime.24", "aime.00000"):
         assert read_samples(tmp_path, name) == {("p", 0): row | {"completion": name}}
 

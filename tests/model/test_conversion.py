@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from megatron_sgopd.model.families import hf_shapes
 from megatron_sgopd.model.hf_location import read_hf_config
 from megatron_sgopd.model.hf_reader import iter_safetensors
-from megatron_sgopd.model.model_card import Origin, mark, model_card
+from megatron_sgopd.model.model_card import Origin, model_card, origin_json
 from tests.support import conversion_cases
 from tests.support.conversion_cases import FAMILIES, LAYOUTS, to_hf, to_megatron, weights_of
 from tests.support.pool import Pool
@@ -230,4 +230,4 @@ def test_megatron_bridge_makes_the_same_parameters(pool: Any, tmp_path: Path) ->
 def test_an_export_needs_no_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks may run from a folder (PYTHONPATH, a container with the code mounted)."""
     monkeypatch.setattr("megatron_sgopd.model.model_card.installed", lambda package: None)
-    assert "not installed" in json.loads(mark(Origin()))["written_by"]
+    assert "not installed" in json.loads(origin_json(Origin()))["written_by"]

@@ -72,7 +72,7 @@ def compare_with_transformers(
         with torch.no_grad():
             expected = reference(input_ids=ids, attention_mask=real.long()).logits
             local = chunk(ids, positions, None)
-            with chunk.handing_over_hidden_states():
+            with chunk.returning_hidden_states():
                 hidden = chunk(ids, positions, None)
             again = hidden.transpose(0, 1) @ chunk.lm_head_weight().T
         assert hidden.shape == (shape[1], shape[0], chunk.config.hidden_size)

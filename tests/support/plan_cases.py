@@ -141,7 +141,7 @@ def make_parts(case: PlanCase, groups: Groups) -> tuple[Student, dict[str, Froze
 
 
 def objective_of(config: Config) -> Objective:
-    return Objective.of(replace(config, rollout=replace(config.rollout, tis="token")), 0.0)
+    return Objective.from_config(replace(config, rollout=replace(config.rollout, tis="token")), 0.0)
 
 
 def live_bytes(case: PlanCase) -> dict[str, int]:

@@ -268,7 +268,7 @@ def groups_of(case: StepCase) -> Iterator[Groups]:
 
 def assemble_parts(case: StepCase, groups: Groups) -> Parts:
     config = config_of(case)
-    vocabulary = Vocabulary.of(config)
+    vocabulary = Vocabulary.from_config(config)
     student = load_student(config, groups, vocabulary, trainable=True)
     frozen = [load(config, groups, vocabulary) for load in (load_teacher, load_reference)]
     return Parts(
@@ -276,7 +276,7 @@ def assemble_parts(case: StepCase, groups: Groups) -> Parts:
         *frozen,
         groups,
         config,
-        Objective.of(config, eps=0.0),
+        Objective.from_config(config, eps=0.0),
     )
 
 
@@ -426,7 +426,7 @@ def self_teacher(case: StepCase) -> dict[str, float]:
         parts = assemble_parts(case, groups)
         share = my_share(rollouts, groups, case)
         eps = measure_tie_width(parts.student, parts.teacher, share, parts.config)
-        parts = replace(parts, objective=Objective.of(parts.config, eps))
+        parts = replace(parts, objective=Objective.from_config(parts.config, eps))
         metrics, gradients = gradients_of(case, parts, rollouts)
         norm = max(float(g.abs().max()) for g in gradients.values())
     return {"eps": eps, "open": metrics["gate/open_rate"], "gradient": norm}
@@ -442,7 +442,7 @@ def open_gates_of_a_self_teacher(case: StepCase, batches: int) -> float:
             rollouts = draw_any_rollouts(replace(case, seed=seed))
             if seed == 0:
                 eps = measure_tie_width(parts.student, parts.teacher, rollouts, parts.config)
-                parts = replace(parts, objective=Objective.of(parts.config, eps))
+                parts = replace(parts, objective=Objective.from_config(parts.config, eps))
             work = prepare(
                 parts.teacher, parts.reference, rollouts, parts.objective, parts.config, groups
             ).work

@@ -95,7 +95,7 @@ def loss_options(case: Case, x: Inputs) -> dict[str, Any]:
     return {
         "tokens": x.tokens,
         "mask": x.mask,
-        "coefficients": function.of(x.outcome)
+        "coefficients": function.for_batch(x.outcome)
         if case.sliced
         else lambda stats: function(stats, x.outcome),
         "lambdas": lambdas,
@@ -271,7 +271,7 @@ def tied_top_k() -> Tensor:
         mask=torch.ones(3),
         group=group,
         vocab_size=vocab,
-        coefficients=function.of(outcome),
+        coefficients=function.for_batch(outcome),
         lambdas=(1.0,),
         estimator="full_vocab",
         top_k=3,

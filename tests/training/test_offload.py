@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sgopd.training.offload import Shelf
+from megatron_sgopd.training.offload import Offloader
 
 CPU = torch.device("cpu")
 SIZE = 1000
@@ -31,24 +31,24 @@ def some(dtype: torch.dtype) -> Tensor:
 def test_a_round_trip_is_bit_identical(dtype: torch.dtype) -> None:
     tensor = some(dtype)
     before = tensor.clone()
-    shelf = Shelf(CPU)
+    offloader = Offloader(CPU)
     for _ in range(3):  # buffers and file are used again
-        shelf.put_away([tensor])
+        offloader.offload([tensor])
         assert tensor.untyped_storage().nbytes() == 0
-        assert shelf.bytes_away == before.untyped_storage().nbytes()
-        shelf.bring_back()
+        assert offloader.bytes_offloaded == before.untyped_storage().nbytes()
+        offloader.restore()
         assert torch.equal(tensor, before)
-        assert shelf.bytes_away == 0
+        assert offloader.bytes_offloaded == 0
 
 
 def test_views_of_one_storage_are_put_away_once_and_stay_views() -> None:
     whole = some(torch.float32)
     left, right = whole[: SIZE // 2], whole[SIZE // 2 :]
     before = whole.clone()
-    shelf = Shelf(CPU)
-    shelf.put_away([left, right])
-    assert shelf.bytes_away == before.untyped_storage().nbytes()
-    shelf.bring_back()
+    offloader = Offloader(CPU)
+    offloader.offload([left, right])
+    assert offloader.bytes_offloaded == before.untyped_storage().nbytes()
+    offloader.restore()
     assert torch.equal(whole, before)
     left.zero_()
     assert bool((whole[: SIZE // 2] == 0).all())
@@ -56,10 +56,10 @@ def test_views_of_one_storage_are_put_away_once_and_stay_views() -> None:
 
 def test_small_and_empty_tensors_stay() -> None:
     step, nothing = torch.tensor(3.0), torch.empty(0)
-    shelf = Shelf(CPU)
-    shelf.put_away([step, nothing])
+    offloader = Offloader(CPU)
+    offloader.offload([step, nothing])
     assert step.item() == 3.0
-    assert shelf.bytes_away == 0
+    assert offloader.bytes_offloaded == 0
 
 
 def test_training_with_the_state_away_between_steps_is_training() -> None:
@@ -67,83 +67,83 @@ def test_training_with_the_state_away_between_steps_is_training() -> None:
     plain = torch.nn.Linear(64, 64)
     other = copy.deepcopy(plain)
     x = torch.randn(8, 64)
-    shelf, results = Shelf(CPU), []
+    offloader, results = Offloader(CPU), []
     for model, away in ((plain, False), (other, True)):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(4):
             if away:
-                shelf.bring_back()
+                offloader.restore()
             model(x).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
             if away:
                 states = [v for s in optimizer.state.values() for v in s.values()]
-                shelf.put_away(states)
-                assert shelf.bytes_away > 0
+                offloader.offload(states)
+                assert offloader.bytes_offloaded > 0
         results.append(model.weight.detach().clone())
     assert torch.equal(*results)
 
 
 def test_inside_at_hand_the_bytes_are_there_and_afterwards_away_even_after_an_error() -> None:
     tensor = some(torch.float32)
-    shelf = Shelf(CPU)
-    shelf.put_away([tensor])
+    offloader = Offloader(CPU)
+    offloader.offload([tensor])
 
     def fail() -> None:
-        with shelf.at_hand([tensor]):
+        with offloader.on_device([tensor]):
             assert tensor.sum().isfinite()
             raise RuntimeError("planned")
 
     with pytest.raises(RuntimeError, match="planned"):
         fail()
     assert tensor.untyped_storage().nbytes() == 0
-    shelf.close()
+    offloader.close()
     assert tensor.untyped_storage().nbytes() > 0
 
 
 def test_other_tensors_while_some_are_away_are_refused() -> None:
     first, second = some(torch.float32), some(torch.float32)
-    shelf = Shelf(CPU)
-    shelf.put_away([first])
-    shelf.put_away([first])  # again is nothing
+    offloader = Offloader(CPU)
+    offloader.offload([first])
+    offloader.offload([first])  # again is nothing
     with pytest.raises(ValueError, match=r"\(1000, 3\) torch.float32 .*bring those back first"):
-        shelf.put_away([first, second])
+        offloader.offload([first, second])
     assert second.untyped_storage().nbytes() > 0
 
 
 def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tensors = [some(torch.float32), some(torch.float64)]
     before = [t.clone() for t in tensors]
-    shelf = Shelf(CPU, tmp_path)
-    plain, calls = Shelf._write, []
+    offloader = Offloader(CPU, tmp_path)
+    plain, calls = Offloader._write, []
 
-    def full(self: Shelf, storage: torch.UntypedStorage) -> None:
+    def full(self: Offloader, storage: torch.UntypedStorage) -> None:
         calls.append(storage)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
         plain(self, storage)
 
-    monkeypatch.setattr(Shelf, "_write", full)
+    monkeypatch.setattr(Offloader, "_write", full)
     with pytest.raises(OSError, match=rf"could not be put away in {tmp_path}.*No space left"):
-        shelf.put_away(tensors)
+        offloader.offload(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
 def test_a_write_the_system_cuts_short_loses_nothing(tmp_path: Path) -> None:
     tensors = [some(torch.float32), some(torch.float64)]  # 12,000 and 24,000 bytes
     before = [t.clone() for t in tensors]
-    shelf, old = Shelf(CPU, tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    offloader, old = Offloader(CPU, tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
     try:
         with pytest.raises(OSError, match="36000 bytes could not be put away"):
-            shelf.put_away(tensors)
+            offloader.offload(tensors)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert shelf.bytes_away == 0
-    for _ in range(2):  # as they were, and the shelf still works
+    assert offloader.bytes_offloaded == 0
+    for _ in range(2):  # as they were, and the offloader still works
         assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-        shelf.put_away(tensors)
-        shelf.close()
+        offloader.offload(tensors)
+        offloader.close()
 
 
 def test_a_write_of_nothing_is_an_error_and_no_endless_loop(
@@ -155,10 +155,10 @@ def test_a_write_of_nothing_is_an_error_and_no_endless_loop(
         def write(self, view: memoryview) -> int:
             return 0
 
-    tensor, shelf = some(torch.float32), Shelf(CPU)
-    monkeypatch.setattr(shelf, "_file", Stuck())
+    tensor, offloader = some(torch.float32), Offloader(CPU)
+    monkeypatch.setattr(offloader, "_file", Stuck())
     with pytest.raises(OSError, match="nothing was written"):
-        shelf.put_away([tensor])
+        offloader.offload([tensor])
     assert tensor.untyped_storage().nbytes() > 0
 
 
@@ -178,28 +178,28 @@ def seen_by_numpy() -> Tensor:
 @pytest.mark.parametrize("make", [from_file, seen_by_numpy])
 def test_what_torch_cannot_free_is_refused_before_anything_is_freed(make: object) -> None:
     good, bad = some(torch.float32), make()
-    shelf = Shelf(CPU)
+    offloader = Offloader(CPU)
     with pytest.raises(ValueError, match=r"\(1000, 3\) torch.float32 cannot be freed"):
-        shelf.put_away([good, bad])
-    assert shelf.bytes_away == 0 and good.untyped_storage().nbytes() > 0
-    shelf.put_away([good])  # the shelf still works
-    shelf.close()
+        offloader.offload([good, bad])
+    assert offloader.bytes_offloaded == 0 and good.untyped_storage().nbytes() > 0
+    offloader.offload([good])  # the offloader still works
+    offloader.close()
 
 
 MEASURE = """
 import sys, torch
-from megatron_sgopd.training.offload import Shelf
+from megatron_sgopd.training.offload import Offloader
 def mb(key):
     return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024 / 1e6
 count = int(sys.argv[1])
 for _ in range(3):
     del_me = torch.ones(31 * 2**18); del del_me  # glibc now takes up to 31 MiB from its heap
 tensors = [torch.ones(50_000_000 // count) for _ in range(count)]  # 200 MB
-shelf = Shelf(torch.device("cpu"), sys.argv[2])
+offloader = Offloader(torch.device("cpu"), sys.argv[2])
 for _ in range(3):
-    before = mb("VmRSS"); shelf.put_away(tensors); away = mb("VmRSS")
+    before = mb("VmRSS"); offloader.offload(tensors); away = mb("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-    shelf.bring_back()
+    offloader.restore()
     print(before - away, mb("VmHWM") - away)
 """
 
@@ -219,8 +219,8 @@ def test_memory_falls_by_what_is_away_and_does_not_double_on_the_way_back(
 
 
 def test_no_file_is_left_for_others_to_see(tmp_path: Path) -> None:
-    shelf = Shelf(CPU, tmp_path)
-    shelf.put_away([some(torch.float32)])
+    offloader = Offloader(CPU, tmp_path)
+    offloader.offload([some(torch.float32)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,9 +228,9 @@ def test_no_file_is_left_for_others_to_see(tmp_path: Path) -> None:
 def test_from_a_gpu_to_pinned_memory_and_back() -> None:
     device = torch.device("cuda", 0)
     tensor = some(torch.bfloat16).to(device)
-    before, shelf = tensor.clone(), Shelf(device)
+    before, offloader = tensor.clone(), Offloader(device)
     for _ in range(2):
-        shelf.put_away([tensor, some(torch.float32)])
+        offloader.offload([tensor, some(torch.float32)])
         assert tensor.untyped_storage().nbytes() == 0
-        shelf.bring_back()
+        offloader.restore()
         assert torch.equal(tensor, before)

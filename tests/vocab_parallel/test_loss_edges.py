@@ -41,7 +41,7 @@ def options(**changes: Any) -> dict[str, Any]:
         "tokens": torch.arange(T),
         "mask": torch.arange(T) % 5 != 0,
         "vocab_size": V,
-        "coefficients": sgopd.coefficients("sg_opd").of(outcome()),
+        "coefficients": sgopd.coefficients("sg_opd").for_batch(outcome()),
         "token_scale": torch.linspace(0.5, 1.5, T),
     } | changes
 
@@ -180,7 +180,7 @@ OPD = {"estimator": "full_vocab", "lambdas": (1.0,)}
 
 
 def opd() -> Any:
-    return sgopd.coefficients("opd").of(outcome())
+    return sgopd.coefficients("opd").for_batch(outcome())
 
 
 def test_what_a_reference_excludes_does_not_count_where_lambda_is_one_per_token() -> None:
@@ -210,7 +210,7 @@ def test_the_candidate_gate_counts_a_reference_that_excludes_a_column_only_where
     closed = loss_of(*models, candidate_lambda=lambda a2, i: torch.ones_like(a2), **full)
     plain = loss_of(
         *(m[:, kept] for m in models[:2]), None, vocab_size=int(kept.sum()),
-        coefficients=sgopd.coefficients("sg_opd", lambda_high=1.0).of(outcome()),
+        coefficients=sgopd.coefficients("sg_opd", lambda_high=1.0).for_batch(outcome()),
         lambdas=(1.0,), **full,
     )  # fmt: skip
     assert abs(float(closed.loss - plain.loss)) < 1e-12
@@ -310,7 +310,7 @@ def test_top_k_of_a_confident_student(divergence: str, peak: float, temperature:
 
 def opd_everywhere() -> Any:
     none = torch.zeros(T, dtype=torch.bool)
-    return sgopd.coefficients("opd").of(sgopd.Outcome(torch.ones(T), ~none, none))
+    return sgopd.coefficients("opd").for_batch(sgopd.Outcome(torch.ones(T), ~none, none))
 
 
 def test_top_k_of_a_token_of_weight_zero_whose_divergence_is_infinite() -> None:
@@ -354,7 +354,7 @@ def test_jsd_is_finite_where_one_model_excludes_a_column() -> None:
             estimator="full_vocab",
             divergence="jsd",
             lambdas=(1.0,),
-            coefficients=sgopd.coefficients("opd").of(outcome()),
+            coefficients=sgopd.coefficients("opd").for_batch(outcome()),
         ),
     )
     got.loss.backward()
@@ -453,7 +453,7 @@ def test_a_factor_after_main_grad_was_written_is_an_error() -> None:
 def test_asking_in_slices_changes_no_number(name: str, from_hidden: bool) -> None:
     models: list[Any] = [rows(i, torch.float32) for i in range(3)]
     results = []
-    function = sgopd.coefficients("sg_opd").of(outcome())
+    function = sgopd.coefficients("sg_opd").for_batch(outcome())
     for coefficients in (function, lambda stats: function(stats)):
         leaf = models[0].clone().requires_grad_()
         student = (torch.eye(T), leaf.T) if from_hidden else leaf * 1.0
@@ -508,7 +508,7 @@ def divergence(student: Tensor, teacher: Tensor, **changes: Any) -> Tensor:
         tokens=torch.arange(T),
         mask=torch.ones(T),
         vocab_size=V,
-        coefficients=sgopd.coefficients("opd").of(
+        coefficients=sgopd.coefficients("opd").for_batch(
             sgopd.Outcome(torch.zeros(T), torch.zeros(T).bool(), torch.zeros(T).bool())
         ),
         lambdas=(1.0,),
@@ -583,7 +583,7 @@ def test_gradients_in_fp32_are_within_a_millionth_of_float64() -> None:
         given = {
             "tokens": tokens,
             "mask": torch.ones(16),
-            "coefficients": sgopd.coefficients("opd").of(
+            "coefficients": sgopd.coefficients("opd").for_batch(
                 sgopd.Outcome(torch.zeros(16), torch.zeros(16).bool(), torch.zeros(16).bool())
             ),
             "lambdas": (1.0,),

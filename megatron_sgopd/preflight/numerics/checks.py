@@ -45,7 +45,7 @@ class Setting:
     world: int
 
     @classmethod
-    def of(cls, function: Callable[..., Any], case: Case) -> Setting:
+    def from_function(cls, function: Callable[..., Any], case: Case) -> Setting:
         return cls(function, case, draw(case.rows), dist.get_rank(), dist.get_world_size())
 
     def columns(self, x: Tensor, which: int) -> Tensor:

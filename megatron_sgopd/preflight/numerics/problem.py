@@ -118,7 +118,7 @@ def problem_of(case: Case, x: Inputs) -> Problem:
         {m: h @ w.T for m, (h, w) in hidden.items()} or given,
         hidden,
         coefficients,
-        method.of(outcome) if loss.token_local else coefficients,
+        method.for_batch(outcome) if loss.token_local else coefficients,
         options,
         x.weights if loss.token_scale else torch.ones_like(x.weights),
     )

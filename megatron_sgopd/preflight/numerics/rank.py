@@ -21,7 +21,7 @@ def run_case(name: str, case: Case) -> RankOutcome:
     """The case on the function at MODULE:NAME; what it raises is an outcome, not an exception."""
     check = check_loss if case.check == "loss" else CHECKS[case.check]
     try:
-        setting = Setting.of(_adapter(name).functions[case.capability], case)
+        setting = Setting.from_function(_adapter(name).functions[case.capability], case)
         return RankOutcome(tuple(check(setting)))
     except Exception as error:  # a foreign function may raise anything
         message = str(error).strip().splitlines()

@@ -139,7 +139,7 @@ def check_fits(model: Architecture, layout: ModelLayout, role: str) -> None:
         )
 
 
-def of_config(values: dict[str, Any], source: str) -> Architecture:
+def architecture_from_config(values: dict[str, Any], source: str) -> Architecture:
     """From the values of a config.json.
 
     Raises:

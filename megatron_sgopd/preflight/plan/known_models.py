@@ -10,7 +10,7 @@ from urllib.request import Request, urlopen
 
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.hub_names import is_hub_name
-from megatron_sgopd.preflight.plan.architecture import Architecture, of_config
+from megatron_sgopd.preflight.plan.architecture import Architecture, architecture_from_config
 
 QWEN3_VOCAB, QWEN25_VOCAB, LLAMA_VOCAB = 151_936, 152_064, 128_256
 # layers, hidden, heads, key-value heads, head width, feed-forward width, vocabulary, tied:
@@ -68,7 +68,7 @@ def find_architecture(path: str, role: str) -> Architecture:
         return _read(Path(cached), f"config.json of {path} in the hub's cache")
     if (name := known_name(path)) is not None:
         return replace(KNOWN[name], source=f"the planner's table, as {name}")
-    return of_config(_from_hub(path, role), f"config.json of {path} on the hub")
+    return architecture_from_config(_from_hub(path, role), f"config.json of {path} on the hub")
 
 
 def _from_hub(path: str, role: str) -> dict[str, Any]:
@@ -107,4 +107,4 @@ def _read(file: Path, source: str) -> Architecture:
         raise ConfigError(f"{source} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{source} holds no mapping: give a model's config.json")
-    return of_config(values, source)
+    return architecture_from_config(values, source)

@@ -33,7 +33,7 @@ class Entry:
         return [self.name, self.dtype, list(self.shape), self.offset]
 
     @staticmethod
-    def of_json(row: Sequence[Any]) -> Entry:
+    def from_json(row: Sequence[Any]) -> Entry:
         name, dtype, shape, offset = row
         return Entry(str(name), str(dtype), tuple(shape), int(offset))
 

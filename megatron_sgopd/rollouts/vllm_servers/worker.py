@@ -90,7 +90,7 @@ class TrainerWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         assert self.receiver is not None, "init_weight_transfer_engine comes first"
-        entries = [Entry.of_json(row) for row in update_info.entries]
+        entries = [Entry.from_json(row) for row in update_info.entries]
         flat = self.receiver.receive(entries, update_info.source)
         with torch.no_grad():
             self.model.load_weights(_tensors(flat, entries))

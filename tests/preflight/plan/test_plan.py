@@ -18,7 +18,7 @@ from megatron_sgopd.config.checks import needs_reference, needs_teacher
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.load import load_config
 from megatron_sgopd.preflight.plan.activations import Shape, largest_shape
-from megatron_sgopd.preflight.plan.architecture import ModelLayout, of_config
+from megatron_sgopd.preflight.plan.architecture import ModelLayout, architecture_from_config
 from megatron_sgopd.preflight.plan.duration import forward_flops
 from megatron_sgopd.preflight.plan.engines import cache_bytes_per_token
 from megatron_sgopd.preflight.plan.hardware import GIB, GPUS
@@ -124,7 +124,7 @@ def test_a_directory_needs_config_json_alone(tmp_path: Path) -> None:
 )
 def test_a_config_that_is_not_understood(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
-        of_config(values, "config.json")
+        architecture_from_config(values, "config.json")
 
 
 # -- figures worked by hand ------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_which_models_a_method_reads(overrides: list[str]) -> None:
     from megatron_sgopd.training.objective import Objective
 
     config = load_config(RECIPE, overrides)
-    objective = Objective.of(config, 0.0)
+    objective = Objective.from_config(config, 0.0)
     assert needs_teacher(config) == objective.needs_teacher
     assert needs_reference(config) == objective.needs_reference
 

@@ -159,7 +159,7 @@ def test_buckets_hold_every_tensor_once_within_the_limit(limit: int) -> None:
     made = list(buckets(weights.items(), limit, torch.float32, torch.device("cpu")))
     seen: dict[str, torch.Tensor] = {}
     for bucket in made:
-        travelled = [Entry.of_json(entry.as_json()) for entry in bucket.entries]
+        travelled = [Entry.from_json(entry.as_json()) for entry in bucket.entries]
         assert size_of(travelled) == bucket.flat.numel()
         assert len(travelled) == 1 or bucket.flat.numel() <= limit
         seen |= {entry.name: view(bucket.flat, entry) for entry in travelled}
