@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_sgopd import sgopd
 from megatron_sgopd.config.evaluation import during_sets, evaluation_sets
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import Config, DataConfig
 from megatron_sgopd.data.problems import load_problems
 from megatron_sgopd.data.rendering import load_tokenizer, render, stop_token_ids
 from megatron_sgopd.data.stream import PromptStream, share
@@ -73,7 +74,9 @@ class Run:
 
     def objective(self) -> Objective:
         """Makes the method's objective with the tie width that is known by now."""
-        return Objective.from_config(self.config, self.state.gate_eps or 0.0)
+        return Objective.from_config(
+            self.config.distill, self.config.rollout, self.state.gate_eps or 0.0
+        )
 
     def prompts_of(self, step: int) -> tuple[list[Prompt], int]:
         """Returns this replica's prompts of a step and the global position of the first."""
@@ -160,7 +163,14 @@ def start_run(config: Config) -> Run:
         )
     engine = _student_engine(config, groups, models, samples=bool(benchmarks["final"]))
     sampler = make_sampler(config, groups, tokenizer, stop_ids, engine)
-    prompts = _prompts(config, tokenizer, say=groups.rank == 0)
+    solutions, limit = config.distill.method == "sft", config.rollout.max_prompt_tokens
+    prompts, dropped = _prompts(config.data, tokenizer, solutions=solutions, limit=limit)
+    if dropped and groups.rank == 0:
+        print(
+            f"{config.name}: left out {dropped} of {dropped + len(prompts)} prompts, which are "
+            f"longer than rollout.max_prompt_tokens {limit}",
+            flush=True,
+        )
     run = Run(
         config=config,
         folder=folder,
@@ -215,31 +225,34 @@ def _student_engine(
     )
 
 
-def _prompts(config: Config, tokenizer: Any, *, say: bool) -> list[Prompt]:
-    """Reads and renders the training set; says how many prompts are too long."""
+def _prompts(
+    data: DataConfig, tokenizer: Any, *, solutions: bool, limit: int
+) -> tuple[list[Prompt], int]:
+    """Reads and renders the training set; returns its prompts and how many are over the limit."""
     problems = load_problems(
-        config.data.train,
-        problem_field=config.data.problem_field,
-        answer_field=config.data.answer_field,
-        solution_field=config.data.solution_field if config.distill.method == "sft" else None,
-        min_difficulty=config.data.min_difficulty,
+        data.train,
+        problem_field=data.problem_field,
+        answer_field=data.answer_field,
+        solution_field=data.solution_field if solutions else None,
+        min_difficulty=data.min_difficulty,
     )
-    prompts = render(problems, tokenizer, config.data, config.rollout.max_prompt_tokens)
-    if say and (dropped := len(problems) - len(prompts)):
-        print(
-            f"{config.name}: left out {dropped} of {len(problems)} prompts, which are longer than "
-            f"rollout.max_prompt_tokens {config.rollout.max_prompt_tokens}",
-            flush=True,
-        )
-    return prompts
+    prompts = render(problems, tokenizer, data, limit)
+    return prompts, len(problems) - len(prompts)
 
 
 def _benchmarks(config: Config, tokenizer: Any) -> dict[str, list[Benchmark]]:
     """Loads the sets of the full evaluations, and of those during training."""
     e = config.evaluation
 
-    def load(sets: Any, limit: int | None) -> list[Benchmark]:
-        return load_benchmarks(sets, config, tokenizer, limit)
+    def load(sets: Mapping[str, str], limit: int | None) -> list[Benchmark]:
+        return load_benchmarks(
+            sets,
+            config.data,
+            e,
+            tokenizer,
+            max_problems=limit,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+        )
 
     return {
         "final": load(evaluation_sets(e), e.max_problems),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_sgopd.atomic_files import write_file
 from megatron_sgopd.config.load import diff, load_config, to_yaml
@@ -50,7 +52,10 @@ def claim_run_folder(config: Config, folder: Path, *, resuming: bool) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if resuming and (folder / RECIPE).exists():
-        _check_same_run(config, load_config(folder / RECIPE), folder)
+        changed = diff(load_config(folder / RECIPE), config)
+        if config.distill.gate.eps == "auto":
+            changed.pop("distill.gate.eps", None)  # what was measured stands in the folder's
+        _refuse_another_run(changed, folder)
     clear_attempt(folder)
     write_recipe(folder, config)
 
@@ -106,15 +111,11 @@ class StopRequest:
         return self._signalled or (self._looks and (self._folder / STOP).exists())
 
 
-def _check_same_run(config: Config, before: Config, folder: Path) -> None:
-    changed = {
-        key: values
-        for key, values in diff(before, config).items()
-        if not key.startswith(RESUMABLE)
-        and not (key == "distill.gate.eps" and config.distill.gate.eps == "auto")
-    }
-    if changed:
-        listed = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in sorted(changed.items()))
+def _refuse_another_run(changed: Mapping[str, tuple[Any, Any]], folder: Path) -> None:
+    """Raises ValueError if a setting changed that makes it another run."""
+    other = {key: values for key, values in changed.items() if not key.startswith(RESUMABLE)}
+    if other:
+        listed = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in sorted(other.items()))
         raise ValueError(
             f"{folder} holds checkpoints of a run with other settings ({listed}): set them back "
             "to resume it, or choose another name or logging.run_dir"

@@ -73,7 +73,7 @@ def train(config: Config) -> None:
                 models.reference,
                 batch.rollouts,
                 run.objective(),
-                config,
+                config.distill,
                 clock,
             )
             metrics |= metrics_of(run, batch)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from megatron_sgopd.config.engines import engine_problems, resolve_engine
 from megatron_sgopd.config.errors import ConfigError
@@ -17,7 +18,15 @@ from megatron_sgopd.config.layout import (
     replica_size,
 )
 from megatron_sgopd.config.load import flatten
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import (
+    Config,
+    DistillConfig,
+    GateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    VerifierConfig,
+)
 
 NO_TEACHER = ("sft", "grpo")
 AT_LEAST_ONE = (
@@ -97,20 +106,20 @@ def check(config: Config, *, here: bool = True) -> None:
     """
     for problem in problems(config):
         raise ConfigError(problem)
-    for problem in machine_problems(config) if here else ():
+    for problem in machine_problems(config.model) if here else ():
         raise ConfigError(problem)
 
 
 def problems(config: Config) -> Iterator[str]:
     """Everything wrong with a config, one message each, whatever the machine."""
-    yield from _ranges(config)
-    yield from _sampling(config)
-    yield from _method(config)
-    yield from _divergence(config)
-    yield from _gate(config)
-    yield from evaluation_problems(config)
-    yield from _verifier(config)
-    yield from _optimizer(config)
+    yield from _ranges(flatten(config), config.name)
+    yield from _sampling(config.rollout, config.distill.method)
+    yield from _method(config.distill, config.model, config.rollout.n)
+    yield from _divergence(config.distill)
+    yield from _gate(config.distill)
+    yield from evaluation_problems(config.evaluation)
+    yield from _verifier(config.verifier)
+    yield from _optimizer(config.optimizer, config.num_steps)
     yield from engine_problems(config)
     yield from layout_problems(config)
 
@@ -138,7 +147,7 @@ def resolve(config: Config, world_size: int | None = None, *, here: bool = True)
             f"rollout.num_prompts is {rollout.num_prompts}, which {dp} data-parallel replicas "
             f"(parallel.data_parallel_size) cannot share equally: use a multiple of {dp}"
         )
-    check_models(config)
+    check_models(config.model, config.parallel)
     tis = rollout.tis
     if tis == "auto":
         method = config.distill.method  # grpo has no teacher whose whole vocabulary it could read
@@ -157,21 +166,21 @@ def resolve(config: Config, world_size: int | None = None, *, here: bool = True)
     )
 
 
-def needs_teacher(config: Config) -> bool:
-    return config.distill.method not in NO_TEACHER
+def needs_teacher(distill: DistillConfig) -> bool:
+    """Tells whether the method learns from a teacher."""
+    return distill.method not in NO_TEACHER
 
 
-def needs_reference(config: Config) -> bool:
-    """Whether the method extrapolates, or its gate reads the reference."""
-    distill, gate = config.distill, config.distill.gate
+def needs_reference(distill: DistillConfig) -> bool:
+    """Tells whether the method extrapolates, or its gate reads the reference."""
+    gate = distill.gate
     if distill.method == "exopd":
         return distill.lambda_uniform != 1.0
     extrapolates = gate.lambda_high != 1.0 or gate.lambda_low != 1.0
     return distill.method == "sg_opd" and (extrapolates or gate.teacher_signal == "t_minus_r")
 
 
-def _ranges(config: Config) -> Iterator[str]:
-    values = flatten(config)
+def _ranges(values: Mapping[str, Any], name: str) -> Iterator[str]:
     for key in AT_LEAST_ONE:
         if values[key] is not None and values[key] < 1:
             yield f"{key} is {values[key]}; it must be at least 1"
@@ -185,12 +194,11 @@ def _ranges(config: Config) -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key} is {value}; a finite number is wanted"
-    if not re.fullmatch(r"[\w.+-]+", config.name) or config.name in (".", ".."):
-        yield f"name is {config.name!r}; letters, digits and . _ + - only, since it names a folder"
+    if not re.fullmatch(r"[\w.+-]+", name) or name in (".", ".."):
+        yield f"name is {name!r}; letters, digits and . _ + - only, since it names a folder"
 
 
-def _sampling(config: Config) -> Iterator[str]:
-    rollout = config.rollout
+def _sampling(rollout: RolloutConfig, method: str) -> Iterator[str]:
     if rollout.top_p != 1.0:
         yield (
             f"rollout.top_p is {rollout.top_p}; training needs 1.0: the engine's log-probs would "
@@ -204,19 +212,18 @@ def _sampling(config: Config) -> Iterator[str]:
         yield "rollout.stop_token_ids is []; leave it null for the tokenizer's EOS, or name ids"
     if min(rollout.stop_token_ids or [0]) < 0:
         yield f"rollout.stop_token_ids is {rollout.stop_token_ids}; token ids count from 0"
-    if rollout.tis == "token" and config.distill.method == "sft":
+    if rollout.tis == "token" and method == "sft":
         yield "rollout.tis is 'token' with method sft, whose tokens no engine sampled: set none"
 
 
-def _method(config: Config) -> Iterator[str]:
-    distill, method = config.distill, config.distill.method
-    teacher = config.model.teacher.hf_path
-    if method not in NO_TEACHER and teacher is None:
+def _method(distill: DistillConfig, model: ModelConfig, n: int) -> Iterator[str]:
+    method = distill.method
+    if method not in NO_TEACHER and model.teacher.hf_path is None:
         yield (
             f"distill.method is {method!r}, which learns from a teacher, and model.teacher.hf_path "
             "is null: set it to a Hugging Face directory"
         )
-    if method in ("grpo", "grpd") and config.rollout.n < 2:
+    if method in ("grpo", "grpd") and n < 2:
         yield f"distill.method {method!r} compares a group's rollouts; rollout.n is 1: 2 or more"
     if distill.estimator == "full_vocab" and distill.adv_clip is not None:
         yield "distill.adv_clip clips the sampled advantage; full_vocab has none: set it to null"
@@ -227,7 +234,7 @@ def _method(config: Config) -> Iterator[str]:
         )
     if method == "exopd" and distill.lambda_uniform <= 0:
         yield f"distill.lambda_uniform is {distill.lambda_uniform}; it must be above 0"
-    if method in NO_TEACHER and config.model.reference.hf_path is not None:
+    if method in NO_TEACHER and model.reference.hf_path is not None:
         yield f"model.reference.hf_path is set, and method {method!r} reads no reference: set null"
     phases = distill.phases
     if phases.enabled and method in NO_TEACHER:
@@ -244,9 +251,8 @@ def _method(config: Config) -> Iterator[str]:
         )
 
 
-def _divergence(config: Config) -> Iterator[str]:
-    """What goes with the divergences of `full_vocab` beside reverse KL."""
-    distill = config.distill
+def _divergence(distill: DistillConfig) -> Iterator[str]:
+    """Says what does not go with the divergences of `full_vocab` beside reverse KL."""
     if not 0.0 <= distill.jsd_beta <= 1.0:
         yield (
             f"distill.jsd_beta is {distill.jsd_beta}; it lies between 0 (forward KL) and 1 "
@@ -270,15 +276,15 @@ def _divergence(config: Config) -> Iterator[str]:
             f"distill.divergence is {distill.divergence!r} with distill.gate.full_vocab_mode "
             "candidate, which is a reverse KL: set the mode to row"
         )
-    if distill.top_k is not None and needs_reference(config):
+    if distill.top_k is not None and needs_reference(distill):
         yield (
             f"distill.top_k is {distill.top_k} with method {distill.method!r}, which extrapolates "
             "beyond the teacher or reads the reference: top_k serves lambda 1 (opd, opdvr, grpd)"
         )
 
 
-def _gate(config: Config) -> Iterator[str]:
-    gate, distill = config.distill.gate, config.distill
+def _gate(distill: DistillConfig) -> Iterator[str]:
+    gate = distill.gate
     if isinstance(gate.eps, str):
         if gate.eps != "auto":
             yield f"distill.gate.eps is {gate.eps!r}; 'auto' or a number from 0 on"
@@ -299,11 +305,10 @@ def _gate(config: Config) -> Iterator[str]:
                 "lambda_low: use teacher_signal t_minus_s and conflict plain or interpolate"
             )
     if distill.method == "sg_opd":
-        yield from _lambdas(config)
+        yield from _lambdas(gate)
 
 
-def _lambdas(config: Config) -> Iterator[str]:
-    gate = config.distill.gate
+def _lambdas(gate: GateConfig) -> Iterator[str]:
     if gate.lambda_high <= 0 or gate.lambda_low < 0:
         yield (
             f"distill.gate has lambda_high {gate.lambda_high} and lambda_low {gate.lambda_low}; "
@@ -321,8 +326,8 @@ def _lambdas(config: Config) -> Iterator[str]:
         )
 
 
-def _verifier(config: Config) -> Iterator[str]:
-    name = config.verifier.name
+def _verifier(verifier: VerifierConfig) -> Iterator[str]:
+    name = verifier.name
     if name != "math_verify" and "." not in name.strip("."):
         yield (
             f"verifier.name is {name!r}; 'math_verify', or the dotted path "
@@ -330,13 +335,12 @@ def _verifier(config: Config) -> Iterator[str]:
         )
 
 
-def _optimizer(config: Config) -> Iterator[str]:
-    o = config.optimizer
+def _optimizer(o: OptimizerConfig, num_steps: int) -> Iterator[str]:
     if o.min_lr > o.lr:
         yield f"optimizer.min_lr {o.min_lr} is above optimizer.lr {o.lr}"
-    if o.lr_warmup_steps > config.num_steps:
+    if o.lr_warmup_steps > num_steps:
         yield (
-            f"optimizer.lr_warmup_steps is {o.lr_warmup_steps} and num_steps {config.num_steps}: "
+            f"optimizer.lr_warmup_steps is {o.lr_warmup_steps} and num_steps {num_steps}: "
             "the warm-up would never end"
         )
     for key in ("adam_beta1", "adam_beta2"):

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from megatron_sgopd.config.schema import (
     Config,
+    DistillConfig,
     RolloutConfig,
     TeacherServersConfig,
     VllmConfig,
@@ -48,7 +49,7 @@ def engine_problems(config: Config) -> Iterator[str]:
             "importance sampling; set rollout.tis to token or auto"
         )
     yield from _servers(vllm)
-    yield from _teacher_servers(config)
+    yield from _teacher_servers(vllm, asked=samples_teacher(config.distill))
     needed = rollout.max_prompt_tokens + rollout.max_new_tokens
     if vllm.max_model_len is not None and vllm.max_model_len < needed:
         yield (
@@ -104,8 +105,7 @@ def _urls(name: str, urls: list[str] | None) -> Iterator[str]:
         yield f"{name} is []; name servers, or set null to have them started"
 
 
-def _teacher_servers(config: Config) -> Iterator[str]:
-    student = config.rollout.vllm
+def _teacher_servers(student: VllmConfig, *, asked: bool) -> Iterator[str]:
     teacher = servers_of(student, "teacher")
     yield from _urls("rollout.vllm.teacher.urls", teacher.urls)
     if twice := sorted(set(student.urls or []) & set(teacher.urls or [])):
@@ -126,7 +126,7 @@ def _teacher_servers(config: Config) -> Iterator[str]:
     shared = bool(student.colocated or student.nodes or student.devices is not None)
     shared = shared and teacher.devices == student.devices and not teacher.urls
     both = student.gpu_memory_utilization + teacher.gpu_memory_utilization
-    if shared and both > MOST_OF_A_GPU and samples_teacher(config):
+    if shared and both > MOST_OF_A_GPU and asked:
         yield (
             "rollout.vllm.gpu_memory_utilization of the student's and the teacher's servers, which "
             f"share devices while the teacher is asked, add up to {both:.2f}; at most "
@@ -135,9 +135,9 @@ def _teacher_servers(config: Config) -> Iterator[str]:
         )
 
 
-def samples_teacher(config: Config) -> bool:
-    """Whether a teacher's engine is asked at some time of the run."""
-    phases = config.distill.phases
+def samples_teacher(distill: DistillConfig) -> bool:
+    """Tells whether a teacher's engine is asked at some time of the run."""
+    phases = distill.phases
     return phases.enabled and phases.rho0 > 0 and phases.source == "engine"
 
 

@@ -40,8 +40,8 @@ def samples_per_problem(evaluation: EvaluationConfig) -> int:
     return evaluation.n or evaluation.k
 
 
-def evaluation_problems(config: Config) -> Iterator[str]:
-    e = config.evaluation
+def evaluation_problems(e: EvaluationConfig) -> Iterator[str]:
+    """Says everything wrong with the evaluation's section, one message each."""
     if e.data is not None and e.benchmarks:
         yield (
             "evaluation.data and evaluation.benchmarks are both set: name data's file among the "

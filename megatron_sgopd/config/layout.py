@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.config.errors import ConfigError
-from megatron_sgopd.config.schema import Config, ParallelConfig
+from megatron_sgopd.config.schema import (
+    Config,
+    FrozenConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
 
 ROLES = ("student", "teacher", "reference")
 RECOMPUTE_MODULES = {
@@ -71,10 +77,11 @@ def layout_problems(config: Config) -> Iterator[str]:
     """Everything wrong with `parallel`, and with the layouts of frozen models, one message each."""
     yield from _pipeline(config.parallel)
     yield from _data_parallel(config.parallel)
-    yield from _micro_batches(config)
-    yield from _recompute(config)
-    yield from _frozen(config)
     p = config.parallel
+    if config.distill.method != "sft":
+        yield from _micro_batches(p, config.rollout)
+    yield from _recompute(p, config.model.transformer_impl)
+    yield from _frozen(p, config.model)
     if p.sequence_parallel and p.tensor_model_parallel_size == 1:
         yield (
             "parallel.sequence_parallel is true with tensor_model_parallel_size 1, which has no "
@@ -82,9 +89,9 @@ def layout_problems(config: Config) -> Iterator[str]:
         )
 
 
-def machine_problems(config: Config) -> Iterator[str]:
-    """What the recipe asks for and this machine does not have."""
-    impl = config.model.transformer_impl
+def machine_problems(model: ModelConfig) -> Iterator[str]:
+    """Says what the recipe asks for and this machine does not have."""
+    impl = model.transformer_impl
     if impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         yield (
             "model.transformer_impl is 'transformer_engine', which is not installed here: install "
@@ -125,10 +132,10 @@ def _data_parallel(p: ParallelConfig) -> Iterator[str]:
         )
 
 
-def _micro_batches(config: Config) -> Iterator[str]:
-    budget, rollout = config.parallel.micro_batch_tokens, config.rollout
+def _micro_batches(p: ParallelConfig, rollout: RolloutConfig) -> Iterator[str]:
+    budget = p.micro_batch_tokens
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
-    if config.distill.method != "sft" and budget is not None and budget < longest:
+    if budget is not None and budget < longest:
         yield (
             f"parallel.micro_batch_tokens is {budget}, less than the longest rollout: "
             f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens "
@@ -136,8 +143,7 @@ def _micro_batches(config: Config) -> Iterator[str]:
         )
 
 
-def _recompute(config: Config) -> Iterator[str]:
-    p, impl = config.parallel, config.model.transformer_impl
+def _recompute(p: ParallelConfig, impl: str) -> Iterator[str]:
     if p.recompute_modules is None:
         return
     if p.recompute_granularity != "selective":
@@ -153,10 +159,10 @@ def _recompute(config: Config) -> Iterator[str]:
         )
 
 
-def _frozen(config: Config) -> Iterator[str]:
-    replica = replica_size(config.parallel)
+def _frozen(p: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    replica = replica_size(p)
     for role in ("teacher", "reference"):
-        tp, pp = frozen_layout(config, role)
+        tp, pp = frozen_layout(getattr(model, role), p)
         if replica % (tp * pp):
             yield (
                 f"model.{role} has a layout of TP {tp} x PP {pp}, which does not divide the "
@@ -165,36 +171,35 @@ def _frozen(config: Config) -> Iterator[str]:
             )
 
 
-def has_own_layout(config: Config, role: str) -> bool:
-    own = getattr(config.model, role)
-    return bool(own.tensor_model_parallel_size or own.pipeline_model_parallel_size)
+def has_own_layout(frozen: FrozenConfig) -> bool:
+    """Tells whether the teacher or the reference has a layout of its own."""
+    return bool(frozen.tensor_model_parallel_size or frozen.pipeline_model_parallel_size)
 
 
-def frozen_layout(config: Config, role: str) -> tuple[int, int]:
-    """(TP, PP) of the teacher or the reference: its own, else the student's."""
-    own, p = getattr(config.model, role), config.parallel
-    if not has_own_layout(config, role):
+def frozen_layout(frozen: FrozenConfig, p: ParallelConfig) -> tuple[int, int]:
+    """Returns (TP, PP) of the teacher or the reference: its own, else the student's."""
+    if not has_own_layout(frozen):
         return p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    return own.tensor_model_parallel_size or 1, own.pipeline_model_parallel_size or 1
+    return frozen.tensor_model_parallel_size or 1, frozen.pipeline_model_parallel_size or 1
 
 
-def check_models(config: Config) -> None:
-    """Heads against TP, layers against stages, for each model whose config.json is on this machine.
+def check_models(models: ModelConfig, p: ParallelConfig) -> None:
+    """Checks heads against TP and layers against stages, where a model's config.json is at hand.
 
     Raises:
         ConfigError: naming the model, both numbers and the remedy.
     """
-    p = config.parallel
     virtual = p.virtual_pipeline_model_parallel_size or 1
     for role in ROLES:
-        path = getattr(config.model, role).hf_path
+        of_role = getattr(models, role)
+        path = of_role.hf_path
         model = _local_model_config(path, role) if path else None
         if model is None:
             continue
         key, tp = "parallel", p.tensor_model_parallel_size
         stages = p.pipeline_model_parallel_size * virtual
-        if role != "student" and has_own_layout(config, role):
-            key, (tp, stages) = f"model.{role}", frozen_layout(config, role)
+        if role != "student" and has_own_layout(of_role):
+            key, (tp, stages) = f"model.{role}", frozen_layout(of_role, p)
         for heads in ("num_attention_heads", "num_key_value_heads"):
             if heads in model and model[heads] % tp:
                 raise ConfigError(

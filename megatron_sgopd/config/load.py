@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import difflib
-import hashlib
 import re
 import types
 import typing
@@ -107,11 +106,6 @@ def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
         for key in sorted(left.keys() | right.keys())
         if left.get(key) != right.get(key)
     }
-
-
-def content_hash(config: Config, *extra: str) -> str:
-    """Twelve hexadecimal digits of the config and whatever else a result depends on."""
-    return hashlib.sha256("\0".join([to_yaml(config), *extra]).encode()).hexdigest()[:12]
 
 
 # -- reading ---------------------------------------------------------------------------------------

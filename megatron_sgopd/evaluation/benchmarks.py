@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import Config, DataConfig, EvaluationConfig
 from megatron_sgopd.data.problems import load_problems
 from megatron_sgopd.data.rendering import render
 from megatron_sgopd.types import Prompt
@@ -36,26 +36,33 @@ class Benchmark:
 
 
 def load_benchmarks(
-    sets: Mapping[str, str], config: Config, tokenizer: Any, limit: int | None
+    sets: Mapping[str, str],
+    data: DataConfig,
+    fields: EvaluationConfig,
+    tokenizer: Any,
+    *,
+    max_problems: int | None,
+    max_prompt_tokens: int,
 ) -> list[Benchmark]:
-    """The first `limit` problems of each set, rendered like the training prompts.
+    """Reads the first `max_problems` of each set and renders them like the training prompts.
+
+    `fields` names the problem and answer fields where they differ from those of `data`.
 
     Raises:
         ValueError: a set that cannot be read or holds a prompt beyond rollout.max_prompt_tokens.
     """
-    data, e = config.data, config.evaluation
-    most = config.rollout.max_prompt_tokens
+    most = max_prompt_tokens
     loaded = []
     for name, path in sets.items():
         try:
             problems = load_problems(
                 path,
-                problem_field=e.problem_field or data.problem_field,
-                answer_field=e.answer_field or data.answer_field,
+                problem_field=fields.problem_field or data.problem_field,
+                answer_field=fields.answer_field or data.answer_field,
                 solution_field=None,
                 min_difficulty=None,
                 section="evaluation",
-            )[:limit]
+            )[:max_problems]
             prompts = render(problems, tokenizer, data, most)
         except ValueError as error:
             raise ValueError(f"benchmark {name}: {error}") from error

@@ -99,7 +99,14 @@ def prepare(config: Config) -> Plan:
     hf_config, tokenizer = read_hf_config(model), load_tokenizer(model)
     stops = config.rollout.stop_token_ids or stop_token_ids(tokenizer, model)
     e, vllm = config.evaluation, config.rollout.vllm
-    benchmarks = load_benchmarks(evaluation_sets(e), config, tokenizer, e.max_problems)
+    benchmarks = load_benchmarks(
+        evaluation_sets(e),
+        config.data,
+        e,
+        tokenizer,
+        max_problems=e.max_problems,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+    )
     positions = getattr(hf_config, "max_position_embeddings", None)
     config = with_lengths(config, benchmarks, positions)
     version: str | None = EmbeddedEngine.version

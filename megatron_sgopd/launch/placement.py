@@ -138,7 +138,7 @@ def _servers(config: Config, role: str, first_port: int, gpus: int | None) -> Se
     vllm = config.rollout.vllm
     if config.rollout.engine != "vllm" or not vllm.nodes:
         return NO_SERVERS
-    if role == "teacher" and not samples_teacher(config):
+    if role == "teacher" and not samples_teacher(config.distill):
         return NO_SERVERS
     own = servers_of(vllm, role)
     per_node = own.num_engines // vllm.nodes

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import Config, DistillConfig
 from megatron_sgopd.distributed.groups import Groups, from_first_rank, initialize, inner_groups
 from megatron_sgopd.model.gpt import build_model
 from megatron_sgopd.model.weight_stream import iter_hf_weights, load_stream
@@ -107,23 +107,23 @@ def check_parallel(config: Config) -> Report:
     # torch's plain attention kernel: the CPU's flash kernel is only good to 3e-5.
     with sdpa_kernel(SDPBackend.MATH):
         config = shrink(config)
-        models = make_models(config, groups)
+        models = make_models(config.model, config.distill, config.seed, groups)
         rollouts = draw_rollouts(models, groups.dp_size)
-        objective = Objective.from_config(config, eps=0.0)
+        objective = Objective.from_config(config.distill, config.rollout, eps=0.0)
         metrics, gradients = _under_the_layout(config, groups, models, rollouts, objective)
         report = None
         if groups.rank == 0:
-            loss, expected = _on_one_rank(config, groups.device, models, rollouts, objective)
-            report = _compare(
-                config, groups, models, metrics["train/loss"], gradients, loss, expected
+            loss, expected = _on_one_rank(
+                config.distill, groups.device, models, rollouts, objective
             )
+            layout = _describe(config.distill, groups)
+            report = _compare(layout, models, metrics["train/loss"], gradients, loss, expected)
     made: Report = from_first_rank(report)
     return made
 
 
 def _compare(
-    config: Config,
-    groups: Groups,
+    layout: str,
     models: dict[str, Any],
     loss: float,
     gradients: dict[str, Tensor],
@@ -136,7 +136,7 @@ def _compare(
         errors[name] = float((ours - theirs).abs().max() / theirs.abs().max())
         ratios[name] = float((ours * theirs).sum() / (theirs * theirs).sum())
     return Report(
-        layout=_describe(config, groups),
+        layout=layout,
         models="; ".join(
             f"{role} {m.config.num_hidden_layers} layers x {m.config.hidden_size}, "
             f"{m.config.num_attention_heads}/{m.config.num_key_value_heads} heads, "
@@ -151,8 +151,8 @@ def _compare(
     )
 
 
-def _describe(config: Config, groups: Groups) -> str:
-    p = config.parallel
+def _describe(d: DistillConfig, groups: Groups) -> str:
+    p = groups.config
     parts = [
         f"TP {groups.tp_size} x PP {groups.pp_size} x CP {groups.cp_size} x DP {groups.dp_size} "
         f"({groups.world_size} ranks, {dist.get_backend()} on {groups.device.type})"
@@ -165,7 +165,6 @@ def _describe(config: Config, groups: Groups) -> str:
     parts.append("packed" if p.micro_batch_tokens else "padded")
     if p.recompute_granularity != "none":
         parts.append(f"{p.recompute_granularity} recompute")
-    d = config.distill
     return ", ".join(parts) + f"; {d.method}, {d.estimator}, {d.loss_agg}"
 
 
@@ -208,11 +207,11 @@ def _under_the_layout(
         for role in ROLES[1:]
         if role in megatron
     }
-    student = make_student(megatron["student"], config)
+    student = make_student(megatron["student"], config.optimizer, config.num_steps)
     share = len(rollouts) // groups.dp_size
     mine = rollouts[groups.dp_rank * share : (groups.dp_rank + 1) * share]
     prepared = prepare(
-        frozen.get("teacher"), frozen.get("reference"), mine, objective, config, groups
+        frozen.get("teacher"), frozen.get("reference"), mine, objective, config.distill, groups
     )
     loss, sums = accumulate_gradients(student, prepared.work, objective)
     metrics = gather_metrics(groups, loss, sums | prepared.sums, prepared.work)
@@ -246,17 +245,17 @@ def _gather_gradient_shards(ddp: Any) -> None:
 
 
 def _on_one_rank(
-    config: Config,
+    distill: DistillConfig,
     device: torch.device,
     models: dict[str, Any],
     rollouts: list[Rollout],
     objective: Objective,
 ) -> tuple[float, dict[str, Tensor]]:
     """The same loss and gradients by transformers and autograd, one rollout at a time."""
-    masked = config.distill.mask_truncated
+    masked = distill.mask_truncated
     scales = token_scales(
         rollouts,
-        aggregation=config.distill.loss_agg,
+        aggregation=distill.loss_agg,
         num_sequences=len(rollouts),
         num_tokens=sum(num_loss_tokens(r, masked) for r in rollouts),
         mask_truncated=masked,

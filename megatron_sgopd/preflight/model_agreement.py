@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_sgopd.config.schema import Config, DataConfig
+from megatron_sgopd.config.schema import Config, DataConfig, RolloutConfig
 from megatron_sgopd.data.problems import Problem
 from megatron_sgopd.data.rendering import load_tokenizer, render, stop_token_ids
 
@@ -83,26 +83,26 @@ class Described:
         return ", ".join(self.token(i) for i in sorted(token_ids)) or "none"
 
 
-def model_findings(model: Described, config: Config) -> Iterator[Finding]:
-    """Of one model against the recipe."""
+def model_findings(model: Described, rollout: RolloutConfig, dtype: str) -> Iterator[Finding]:
+    """Checks one model against the recipe."""
     yield from _ids(model)
-    yield from _positions(model, config)
-    yield from _dtype(model, config)
+    yield from _positions(model, rollout)
+    yield from _dtype(model, dtype)
 
 
-def prompt_findings(student: Described, config: Config) -> Iterator[Finding]:
-    """Of the student's prompts, as the recipe renders them."""
+def prompt_findings(student: Described, data: DataConfig) -> Iterator[Finding]:
+    """Checks the student's prompts, as the recipe renders them."""
     try:
-        prompt = _render(student, config.data)
+        prompt = _render(student, data)
     except ValueError as error:
         yield Finding("error", "chat template", str(error))
         return
     reads = {
         name
-        for name in {*config.data.chat_template_kwargs, "enable_thinking"}
-        if _with(student, config.data, name, True) != _with(student, config.data, name, False)
+        for name in {*data.chat_template_kwargs, "enable_thinking"}
+        if _with(student, data, name, True) != _with(student, data, name, False)
     }
-    for name in sorted(config.data.chat_template_kwargs.keys() - reads):
+    for name in sorted(data.chat_template_kwargs.keys() - reads):
         yield Finding(
             "warning",
             "chat template",
@@ -110,7 +110,7 @@ def prompt_findings(student: Described, config: Config) -> Iterator[Finding]:
             "prompts are the same with and without it",
             "leave it out, or set data.chat_template to a template that reads it",
         )
-    if "enable_thinking" in reads - config.data.chat_template_kwargs.keys():
+    if "enable_thinking" in reads - data.chat_template_kwargs.keys():
         yield Finding(
             "warning",
             "chat template",
@@ -122,10 +122,10 @@ def prompt_findings(student: Described, config: Config) -> Iterator[Finding]:
 
 
 def pair_findings(student: Described, other: Described, config: Config) -> Iterator[Finding]:
-    """Of teacher or reference against the student."""
+    """Checks teacher or reference against the student."""
     yield _padding(student, other)
     yield _tokenizers(student, other)
-    yield from _ends(student, other, config)
+    yield from _ends(student, other, config.rollout.stop_token_ids, config.distill.method)
     try:
         prompt = _render(student, config.data)
     except ValueError:
@@ -164,8 +164,7 @@ def _padding(student: Described, other: Described) -> Finding:
     )
 
 
-def _positions(model: Described, config: Config) -> Iterator[Finding]:
-    rollout = config.rollout
+def _positions(model: Described, rollout: RolloutConfig) -> Iterator[Finding]:
     room = model.config.get("max_position_embeddings")
     needed = rollout.max_prompt_tokens + rollout.max_new_tokens
     if room is None or needed <= room:
@@ -184,9 +183,8 @@ def _positions(model: Described, config: Config) -> Iterator[Finding]:
     )
 
 
-def _dtype(model: Described, config: Config) -> Iterator[Finding]:
+def _dtype(model: Described, wanted: str) -> Iterator[Finding]:
     stored = model.config.get("dtype") or model.config.get("torch_dtype")
-    wanted = config.model.dtype
     if MANTISSA_BITS.get(str(stored), 0) > MANTISSA_BITS[wanted]:
         yield Finding(
             "warning",
@@ -291,11 +289,12 @@ def _difference(name: str, ours: Any, theirs: Any) -> str:
 # -- ends ------------------------------------------------------------------------------------------
 
 
-def _ends(student: Described, other: Described, config: Config) -> Iterator[Finding]:
+def _ends(
+    student: Described, other: Described, chosen: list[int] | None, method: str
+) -> Iterator[Finding]:
     """The student samples until the run's stop ids; the teacher was taught its own."""
-    chosen = config.rollout.stop_token_ids
     run, theirs = set(chosen or student.stops), set(other.stops)
-    if not theirs or config.distill.method == "sft":
+    if not theirs or method == "sft":
         return
     end = other.tokenizer.eos_token_id
     end = end if end is not None else min(theirs)

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.checks import needs_reference, needs_teacher
+from megatron_sgopd.config.schema import (
+    Config,
+    DataConfig,
+    DistillConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RolloutConfig,
+)
 from megatron_sgopd.data.problems import Problem, load_problems
 from megatron_sgopd.data.rendering import load_tokenizer, render
 from megatron_sgopd.distributed.groups import from_first_rank
@@ -25,7 +33,6 @@ from megatron_sgopd.preflight.model_agreement import (
     pair_findings,
     prompt_findings,
 )
-from megatron_sgopd.training.objective import Objective
 from megatron_sgopd.verifier.worker import load_verifier
 from megatron_sgopd.versions import TESTED, describe, installed, is_tested
 
@@ -35,12 +42,23 @@ FIRST = 64  # prompts that are rendered
 def check_recipe(config: Config) -> list[Finding]:
     """Everything: versions, models, data, verifier."""
     return [
-        _versions(config),
+        _versions(config.rollout),
         *check_models(config),
-        *(found for role in _paths(config) for found in _caught(role, _weights, config, role)),
-        *_caught("data", _prompts, config),
-        *_caught("data", _evaluation, config),
-        *_caught("verifier", _verifier, config),
+        *(
+            finding
+            for role, path in _paths(config.model, config.distill).items()
+            for finding in _caught(role, _weights, role, path, config.model.student.random_init)
+        ),
+        *_caught(
+            "data",
+            _prompts,
+            config.data,
+            config.model.student.hf_path,
+            config.rollout.max_prompt_tokens,
+            config.distill.method == "sft",
+        ),
+        *_caught("data", _evaluation, config.evaluation, config.data),
+        *_caught("verifier", _verifier, config.verifier.name),
     ]
 
 
@@ -79,50 +97,48 @@ def _caught(
         yield Finding("error", about, str(error))
 
 
-def _versions(config: Config) -> Finding:
-    needed = [p for p in TESTED if p != "vllm" or _starts_vllm(config)]
-    found = {package: installed(package) for package in needed}
-    if missing := [package for package, version in found.items() if version is None]:
+def _versions(rollout: RolloutConfig) -> Finding:
+    needed = [p for p in TESTED if p != "vllm" or _starts_vllm(rollout)]
+    versions = {package: installed(package) for package in needed}
+    if missing := [package for package, version in versions.items() if version is None]:
         return Finding("error", "versions", describe(), fix=f"install {', '.join(missing)}")
-    if all(version and is_tested(package, version) for package, version in found.items()):
+    if all(version and is_tested(package, version) for package, version in versions.items()):
         return Finding("ok", "versions", describe())
     return Finding("warning", "versions", describe(), fix="sgopd doctor --parallel tries them")
 
 
-def _starts_vllm(config: Config) -> bool:
-    """Servers in this environment; those elsewhere are asked for their version."""
-    vllm = config.rollout.vllm
-    return config.rollout.engine == "vllm" and not vllm.urls and vllm.python is None
+def _starts_vllm(rollout: RolloutConfig) -> bool:
+    """Tells whether servers start in this environment; others are asked for their version."""
+    vllm = rollout.vllm
+    return rollout.engine == "vllm" and not vllm.urls and vllm.python is None
 
 
 # -- models ----------------------------------------------------------------------------------------
 
 
-def _paths(config: Config) -> dict[str, str]:
-    """role -> directory or hub name of the models that the objective needs."""
-    objective, model = Objective.from_config(config, eps=0.0), config.model
+def _paths(model: ModelConfig, distill: DistillConfig) -> dict[str, str]:
+    """Returns, by role, the directory or hub name of the models that the method needs."""
     paths = {"student": model.student.hf_path}
-    if objective.needs_teacher:
+    if needs_teacher(distill):
         paths["teacher"] = model.teacher.hf_path or ""
-    if objective.needs_reference and model.reference.hf_path is not None:
+    if needs_reference(distill) and model.reference.hf_path is not None:
         paths["reference"] = model.reference.hf_path
     return paths
 
 
 def _models(config: Config) -> Iterator[Finding]:
-    paths = _paths(config)
+    paths = _paths(config.model, config.distill)
     student = Described.read("student", resolve_hf_dir(paths.pop("student"), weights=False))
-    yield from model_findings(student, config)
-    yield from prompt_findings(student, config)
+    yield from model_findings(student, config.rollout, config.model.dtype)
+    yield from prompt_findings(student, config.data)
     for role, path in paths.items():
         other = Described.read(role, resolve_hf_dir(path, weights=False))
-        yield from model_findings(other, config)
+        yield from model_findings(other, config.rollout, config.model.dtype)
         yield from pair_findings(student, other, config)
 
 
-def _weights(config: Config, role: str) -> Iterator[Finding]:
-    path = _paths(config)[role]
-    if role == "student" and config.model.student.random_init:
+def _weights(role: str, path: str, random_init: bool) -> Iterator[Finding]:
+    if role == "student" and random_init:
         yield Finding("ok", role, f"{path}, weights drawn at random")
     elif Path(path).is_dir():
         count = len(weight_files(Path(path)))
@@ -132,24 +148,23 @@ def _weights(config: Config, role: str) -> Iterator[Finding]:
 # -- data ------------------------------------------------------------------------------------------
 
 
-def _problems(config: Config, path: str, *, train: bool) -> list[Problem]:
-    data = config.data
+def _problems(data: DataConfig, path: str, *, train: bool, solutions: bool) -> list[Problem]:
     return load_problems(
         path,
         problem_field=data.problem_field,
         answer_field=data.answer_field,
-        solution_field=data.solution_field if train and config.distill.method == "sft" else None,
+        solution_field=data.solution_field if solutions else None,
         min_difficulty=data.min_difficulty if train else None,
     )
 
 
-def _prompts(config: Config) -> Iterator[Finding]:
-    problems = _problems(config, config.data.train, train=True)
-    first, limit = problems[:FIRST], config.rollout.max_prompt_tokens
-    tokenizer = load_tokenizer(resolve_hf_dir(config.model.student.hf_path, weights=False))
-    prompts = render(first, tokenizer, config.data, limit)
+def _prompts(data: DataConfig, student: str, limit: int, solutions: bool) -> Iterator[Finding]:
+    problems = _problems(data, data.train, train=True, solutions=solutions)
+    first = problems[:FIRST]
+    tokenizer = load_tokenizer(resolve_hf_dir(student, weights=False))
+    prompts = render(first, tokenizer, data, limit)
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    what = f"{config.data.train}, {len(problems)} problems; of the first {len(first)} "
+    what = f"{data.train}, {len(problems)} problems; of the first {len(first)} "
     if dropped := len(first) - len(prompts):
         yield Finding(
             "warning",
@@ -164,15 +179,14 @@ def _prompts(config: Config) -> Iterator[Finding]:
     yield Finding("ok", "first prompt", repr(text if len(text) <= 300 else f"{text[:300]}…"))
 
 
-def _evaluation(config: Config) -> Iterator[Finding]:
-    for path in dict.fromkeys((config.evaluation.data, config.evaluation.during_data)):
+def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterator[Finding]:
+    for path in dict.fromkeys((evaluation.data, evaluation.during_data)):
         if path is not None:
-            count = len(_problems(config, path, train=False))
+            count = len(_problems(data, path, train=False, solutions=False))
             yield Finding("ok", "data", f"{path}, {count} problems to evaluate")
 
 
-def _verifier(config: Config) -> Iterator[Finding]:
-    name = config.verifier.name
+def _verifier(name: str) -> Iterator[Finding]:
     if name != "math_verify":
         load_verifier(name)
     elif importlib.util.find_spec(name) is None:

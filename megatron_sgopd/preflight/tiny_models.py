@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from megatron_sgopd.config.checks import needs_reference, needs_teacher
 from megatron_sgopd.config.hub_names import is_hub_name
-from megatron_sgopd.config.schema import Config, FrozenConfig
+from megatron_sgopd.config.layout import frozen_layout, has_own_layout
+from megatron_sgopd.config.schema import Config, DistillConfig, ModelConfig, ParallelConfig
 from megatron_sgopd.distributed.groups import Groups
-from megatron_sgopd.training.objective import Objective
 from megatron_sgopd.types import Completion, Prompt, Rollout
 
 VOCAB = 67  # odd, so that every tensor parallel size pads it
@@ -42,21 +43,24 @@ def shrink(config: Config) -> Config:
     return replace(config, parallel=parallel, model=replace(config.model, dtype="float32"))
 
 
-def make_models(config: Config, groups: Groups) -> dict[str, Any]:
-    """{role: transformers model}, the same on every rank."""
-    objective = Objective.from_config(config, eps=0.0)
+def make_models(
+    recipe: ModelConfig, distill: DistillConfig, seed: int, groups: Groups
+) -> dict[str, Any]:
+    """Makes a small transformers model for each role that is needed, the same on every rank."""
     wanted = {
         "student": True,
-        "teacher": objective.needs_teacher,
-        "reference": objective.needs_reference,
+        "teacher": needs_teacher(distill),
+        "reference": needs_reference(distill),
     }
     models = {}
-    for seed, role in enumerate(ROLES):
+    for i, role in enumerate(ROLES):
         if not wanted[role]:
             continue
-        torch.manual_seed(config.seed + seed)
+        torch.manual_seed(seed + i)
         model = AutoModelForCausalLM.from_config(
-            _tiny_config(config, groups, role), attn_implementation="eager", dtype=torch.float32
+            _tiny_config(recipe, groups.config, role),
+            attn_implementation="eager",
+            dtype=torch.float32,
         )
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -67,16 +71,14 @@ def make_models(config: Config, groups: Groups) -> dict[str, Any]:
     return models
 
 
-def _tiny_config(config: Config, groups: Groups, role: str) -> Qwen3Config:
-    """The recipe's model made small: its heads' ratio, tied or not, equally or unequally staged."""
-    path = getattr(config.model, role).hf_path or config.model.student.hf_path
+def _tiny_config(recipe: ModelConfig, p: ParallelConfig, role: str) -> Qwen3Config:
+    """Makes a role's config small: its heads' ratio, tied or not, stages equal or not."""
+    path = getattr(recipe, role).hf_path or recipe.student.hf_path
     known = _known_config(path)
-    own: FrozenConfig | None = None if role == "student" else getattr(config.model, role)
-    p = config.parallel
     tp, stages = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     stages *= p.virtual_pipeline_model_parallel_size or 1
-    if own and (own.tensor_model_parallel_size or own.pipeline_model_parallel_size):
-        tp, stages = own.tensor_model_parallel_size or 1, own.pipeline_model_parallel_size or 1
+    if role != "student" and has_own_layout(frozen := getattr(recipe, role)):
+        tp, stages = frozen_layout(frozen, p)
     kv = max(2, tp)
     ratio = known.get("num_attention_heads", 2) // known.get("num_key_value_heads", 1)
     uneven = known.get("num_hidden_layers", 0) % stages > 0

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sgopd.config.schema import Config, FrozenConfig
+from megatron_sgopd.config.checks import needs_reference, needs_teacher
+from megatron_sgopd.config.schema import Config, DistillConfig, FrozenConfig, ModelConfig
 from megatron_sgopd.distributed.groups import Groups, inner_groups
 from megatron_sgopd.model.families import EMBEDDING, HEAD
 from megatron_sgopd.model.gpt import ShardedModel, build_model
@@ -22,24 +23,22 @@ from megatron_sgopd.model.hf_location import read_hf_config, resolve_hf_dir
 from megatron_sgopd.model.hf_reader import iter_safetensors
 from megatron_sgopd.model.weight_stream import init_random_weights, load_hf_weights, load_stream
 from megatron_sgopd.training.frozen import Frozen
-from megatron_sgopd.training.objective import Objective
 from megatron_sgopd.training.student import Student, make_student
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Of a run: the student's rows, and how many of them all its models have."""
+    """The student's vocabulary rows, and how many of them all models of the run have."""
 
     rows: int
     shared: int
 
     @classmethod
-    def from_config(cls, config: Config) -> Vocabulary:
-        """Reads the config.json of every model that the recipe's objective needs."""
-        model, objective = config.model, Objective.from_config(config, eps=0.0)
+    def from_config(cls, model: ModelConfig, distill: DistillConfig) -> Vocabulary:
+        """Reads the config.json of every model that the method needs."""
         needed = [
-            model.teacher.hf_path if objective.needs_teacher else None,
-            model.reference.hf_path if objective.needs_reference else None,
+            model.teacher.hf_path if needs_teacher(distill) else None,
+            model.reference.hf_path if needs_reference(distill) else None,
         ]
         rows = _rows(model.student.hf_path)
         return cls(rows, min([rows, *(_rows(path) for path in needed if path is not None)]))
@@ -61,11 +60,16 @@ def load_models(config: Config, groups: Groups, student_dir: Path) -> Models:
     Raises:
         ValueError: weights that are missing, damaged or of other shapes.
     """
-    objective, vocabulary = Objective.from_config(config, eps=0.0), Vocabulary.from_config(config)
-    model = load_student(config, groups, vocabulary, trainable=True)
-    teacher = load_teacher(config, groups, vocabulary) if objective.needs_teacher else None
-    reference = load_reference(config, groups, vocabulary) if objective.needs_reference else None
-    return Models(make_student(model, config), teacher, reference, student_dir)
+    recipe, distill, seed = config.model, config.distill, config.seed
+    vocabulary = Vocabulary.from_config(recipe, distill)
+    model = load_student(recipe, groups, vocabulary, trainable=True, seed=seed)
+    teacher = reference = None
+    if needs_teacher(distill):
+        teacher = load_teacher(recipe, groups, vocabulary)
+    if needs_reference(distill):
+        reference = load_reference(recipe, groups, vocabulary, seed=seed)
+    student = make_student(model, config.optimizer, config.num_steps)
+    return Models(student, teacher, reference, student_dir)
 
 
 def _rows(path: str) -> int:
@@ -73,53 +77,57 @@ def _rows(path: str) -> int:
 
 
 def load_student(
-    config: Config, groups: Groups, vocabulary: Vocabulary, *, trainable: bool
+    recipe: ModelConfig, groups: Groups, vocabulary: Vocabulary, *, trainable: bool, seed: int
 ) -> ShardedModel:
-    path = resolve_hf_dir(config.model.student.hf_path)
+    """Loads the student's weights, or draws them where the recipe says so. Collective."""
+    path = resolve_hf_dir(recipe.student.hf_path)
     model = build_model(
         read_hf_config(path),
         groups,
-        dtype=getattr(torch, config.model.dtype),
-        transformer_impl=config.model.transformer_impl,
+        dtype=getattr(torch, recipe.dtype),
+        transformer_impl=recipe.transformer_impl,
         trainable=trainable,
         shared_vocab_size=vocabulary.shared,
     )
-    if config.model.student.random_init:
-        init_random_weights(model, config.seed)
+    if recipe.student.random_init:
+        init_random_weights(model, seed)
     else:
         load_hf_weights(model, path)
     return model
 
 
-def load_reference(config: Config, groups: Groups, vocabulary: Vocabulary) -> Frozen:
-    """The student's initial weights, or any directory of the same tokenizer."""
-    reference = config.model.reference
+def load_reference(
+    recipe: ModelConfig, groups: Groups, vocabulary: Vocabulary, *, seed: int
+) -> Frozen:
+    """Loads the student's initial weights, or any directory of the same tokenizer. Collective."""
+    reference = recipe.reference
     layout = _own_layout(reference, groups)
     if reference.hf_path is None:
-        model = load_student(config, layout, vocabulary, trainable=False)
+        model = load_student(recipe, layout, vocabulary, trainable=False, seed=seed)
     else:
-        model = load_frozen(reference.hf_path, config, layout, vocabulary)
-    return _frozen(model, reference, config, groups)
+        model = load_frozen(reference.hf_path, recipe, layout, vocabulary)
+    return _frozen(model, reference, groups)
 
 
-def load_teacher(config: Config, groups: Groups, vocabulary: Vocabulary) -> Frozen:
-    teacher = config.model.teacher
-    model = load_frozen(teacher.hf_path or "", config, _own_layout(teacher, groups), vocabulary)
-    return _frozen(model, teacher, config, groups)
+def load_teacher(recipe: ModelConfig, groups: Groups, vocabulary: Vocabulary) -> Frozen:
+    """Loads the teacher under its own layout, or the student's. Collective."""
+    teacher = recipe.teacher
+    model = load_frozen(teacher.hf_path or "", recipe, _own_layout(teacher, groups), vocabulary)
+    return _frozen(model, teacher, groups)
 
 
 def load_frozen(
-    hf_path: str, config: Config, groups: Groups, vocabulary: Vocabulary
+    hf_path: str, recipe: ModelConfig, groups: Groups, vocabulary: Vocabulary
 ) -> ShardedModel:
-    """A model without gradient, with the student's number of vocabulary rows."""
+    """Loads a model without gradient, with the student's number of vocabulary rows."""
     path = resolve_hf_dir(hf_path)
     hf_config = read_hf_config(path)
     own_rows, hf_config.vocab_size = hf_config.vocab_size, vocabulary.rows
     model = build_model(
         hf_config,
         groups,
-        dtype=getattr(torch, config.model.dtype),
-        transformer_impl=config.model.transformer_impl,
+        dtype=getattr(torch, recipe.dtype),
+        transformer_impl=recipe.transformer_impl,
         trainable=False,
         shared_vocab_size=vocabulary.shared,
     )
@@ -145,8 +153,8 @@ def _with_rows(path: Path, own_rows: int, rows: int) -> Iterator[tuple[str, Tens
             yield name, torch.cat([tensor[:rows], padding])
 
 
-def _frozen(model: ShardedModel, frozen: FrozenConfig, config: Config, groups: Groups) -> Frozen:
-    megabytes = config.parallel.hidden_states_budget_mb
+def _frozen(model: ShardedModel, frozen: FrozenConfig, groups: Groups) -> Frozen:
+    megabytes = groups.config.hidden_states_budget_mb
     budget = None if megabytes is None else megabytes * 2**20
     made = Frozen(model, groups, frozen.offload, budget)
     made.offload_weights()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sgopd import sgopd
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import DistillConfig, RolloutConfig
 from megatron_sgopd.training.packing import MicroBatch
 from megatron_sgopd.vocab_parallel import LossResult, Rows, Statistics, distillation_loss
 
@@ -47,9 +47,9 @@ class Objective:
     top_k: int | None = None
 
     @classmethod
-    def from_config(cls, config: Config, eps: float) -> Objective:
-        """The objective of a resolved recipe; eps is the gate's tie width as a number."""
-        distill, gate = config.distill, config.distill.gate
+    def from_config(cls, distill: DistillConfig, rollout: RolloutConfig, eps: float) -> Objective:
+        """Makes the objective of a resolved recipe; eps is the gate's tie width as a number."""
+        gate = distill.gate
         options = sgopd.MethodOptions(
             lambda_uniform=distill.lambda_uniform,
             verifier_signal=gate.verifier_signal,
@@ -64,7 +64,7 @@ class Objective:
             adv_clip=distill.adv_clip,
             ce_weight=distill.phases.ce_weight,
             ce_weighting=distill.phases.ce_weighting,
-            tis_cap=config.rollout.tis_cap if config.rollout.tis == "token" else None,
+            tis_cap=rollout.tis_cap if rollout.tis == "token" else None,
         )
         if distill.method == "sft":  # nothing was sampled: cross-entropy as it stands
             options = sgopd.MethodOptions(ce_weight=1.0)
@@ -73,7 +73,7 @@ class Objective:
             options=options,
             estimator=distill.estimator,
             lambdas=sgopd.METHODS[distill.method].lambdas(options),
-            temperature=1.0 if distill.method == "sft" else config.rollout.temperature,
+            temperature=1.0 if distill.method == "sft" else rollout.temperature,
             chunk_tokens=distill.chunk_tokens,
             candidate_gate=distill.method == "sg_opd" and gate.full_vocab_mode == "candidate",
             divergence=distill.divergence,

@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import DistillConfig
 from megatron_sgopd.distributed.groups import Groups, alignment, gather_objects, sequence_alignment
 from megatron_sgopd.metrics import Clock, Sums, add_up, reduced_means
 from megatron_sgopd.training.forward import forward
@@ -68,7 +68,7 @@ def train_step(
     reference: Frozen | None,
     rollouts: Sequence[Rollout],
     objective: Objective,
-    config: Config,
+    distill: DistillConfig,
     clock: Clock,
 ) -> dict[str, float]:
     """Scores this replica's rollouts, adds up their gradients and takes one optimizer step.
@@ -77,7 +77,7 @@ def train_step(
     metrics, the same on all ranks.
     """
     with clock.span("score"):
-        prepared = prepare(teacher, reference, rollouts, objective, config, student.groups)
+        prepared = prepare(teacher, reference, rollouts, objective, distill, student.groups)
     with clock.span("train"):
         loss, sums = accumulate_gradients(student, prepared.work, objective)
         updated, grad_norm = student.update()
@@ -97,11 +97,11 @@ def prepare(
     reference: Frozen | None,
     rollouts: Sequence[Rollout],
     objective: Objective,
-    config: Config,
+    distill: DistillConfig,
     groups: Groups,
 ) -> Prepared:
     """Cuts micro-batches, gives each token its share, and lets the frozen models score them."""
-    masked, layout = config.distill.mask_truncated, config.parallel
+    masked, layout = distill.mask_truncated, groups.config
     if layout.micro_batch_tokens is not None:
         rollouts = share_out(rollouts, groups)
     lengths = [num_loss_tokens(r, masked) for r in rollouts]
@@ -113,7 +113,7 @@ def prepare(
         rollouts,
         token_scales(
             rollouts,
-            aggregation=config.distill.loss_agg,
+            aggregation=distill.loss_agg,
             num_sequences=int(counts[0]),
             num_tokens=int(counts[1]),
             mask_truncated=masked,

@@ -22,7 +22,8 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import OptimizerConfig as OptimizerRecipe
+from megatron_sgopd.config.schema import ParallelConfig
 from megatron_sgopd.distributed.groups import Groups
 from megatron_sgopd.model.gpt import ShardedModel
 from megatron_sgopd.training.offload import Offloader
@@ -98,7 +99,7 @@ class Student:
         return tensors
 
 
-def make_student(model: ShardedModel, config: Config) -> Student:
+def make_student(model: ShardedModel, recipe: OptimizerRecipe, num_steps: int) -> Student:
     """Wraps a model that already holds its initial weights.
 
     The optimizer copies its fp32 main weights from the model when it is made, so load first.
@@ -127,7 +128,7 @@ def make_student(model: ShardedModel, config: Config) -> Student:
         no_sync = [chunk.no_sync for chunk in chunks]
         for module in model.chunks:
             module.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    optimizer_config = _optimizer_config(config)
+    optimizer_config = _optimizer_config(recipe, model.dtype, layout)
     optimizer = get_megatron_optimizer(
         optimizer_config,
         chunks,
@@ -136,24 +137,24 @@ def make_student(model: ShardedModel, config: Config) -> Student:
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=config.optimizer.lr,
-        min_lr=config.optimizer.min_lr,
-        lr_warmup_steps=config.optimizer.lr_warmup_steps,
-        lr_decay_steps=max(config.num_steps, config.optimizer.lr_warmup_steps + 1),
-        lr_decay_style=config.optimizer.lr_decay_style,
+        max_lr=recipe.lr,
+        min_lr=recipe.min_lr,
+        lr_warmup_steps=recipe.lr_warmup_steps,
+        lr_decay_steps=max(num_steps, recipe.lr_warmup_steps + 1),
+        lr_decay_style=recipe.lr_decay_style,
         # Weight decay acts only through the scheduler, which multiplies it by wd_mult.
-        start_wd=config.optimizer.weight_decay,
-        end_wd=config.optimizer.weight_decay,
-        wd_incr_steps=config.num_steps,
+        start_wd=recipe.weight_decay,
+        end_wd=recipe.weight_decay,
+        wd_incr_steps=num_steps,
         wd_incr_style="constant",
     )
-    offloader = Offloader(model.groups.device) if config.optimizer.offload else None
+    offloader = Offloader(model.groups.device) if recipe.offload else None
     return Student(model, tuple(chunks), optimizer, scheduler, offloader)
 
 
-def _optimizer_config(config: Config) -> OptimizerConfig:
-    o = config.optimizer
-    dtype = getattr(torch, config.model.dtype)
+def _optimizer_config(
+    o: OptimizerRecipe, dtype: torch.dtype, layout: ParallelConfig
+) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=o.lr,
@@ -166,8 +167,8 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         bf16=dtype == torch.bfloat16,
         fp16=False,
         params_dtype=dtype,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=layout.use_distributed_optimizer,
+        overlap_param_gather=layout.overlap_param_gather,
     )
 
 

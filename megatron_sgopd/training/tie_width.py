@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import Config, ParallelConfig
 from megatron_sgopd.model.gpt import ShardedModel, build_model
 from megatron_sgopd.model.weight_stream import iter_hf_weights, load_stream
 from megatron_sgopd.training.frozen import Frozen
@@ -37,10 +37,17 @@ def measure_tie_width(
 
     The teacher's side goes through the real frozen path, in the teacher's layout.
     """
-    objective = Objective.from_config(config, eps=0.0).for_statistics()
-    mirror = Frozen(_in_layout_of(teacher, student.model, config), student.groups)
-    sample = enough_tokens(rollouts, config, student.model.shared_vocab_size)
-    work = prepare(mirror, None, sample, objective, config, student.groups).work
+    objective = Objective.from_config(config.distill, config.rollout, eps=0.0).for_statistics()
+    copy = _in_layout_of(teacher, student.model, config.model.transformer_impl)
+    mirror = Frozen(copy, student.groups)
+    sample = enough_tokens(
+        rollouts,
+        student.groups.config,
+        masked=config.distill.mask_truncated,
+        seed=config.seed,
+        vocab_size=student.model.shared_vocab_size,
+    )
+    work = prepare(mirror, None, sample, objective, config.distill, student.groups).work
 
     def largest_gap(part: MicroBatch, result: LossResult) -> Tensor:
         stats = result.statistics
@@ -53,17 +60,23 @@ def measure_tie_width(
     return MARGIN * float(largest)
 
 
-def enough_tokens(rollouts: Sequence[Rollout], config: Config, vocab_size: int) -> list[Rollout]:
-    """As many of a replica's rollouts, in whole micro-batches, as have LEAST_TOKENS loss tokens.
+def enough_tokens(
+    rollouts: Sequence[Rollout],
+    layout: ParallelConfig,
+    *,
+    masked: bool,
+    seed: int,
+    vocab_size: int,
+) -> list[Rollout]:
+    """Returns rollouts of a replica, in whole micro-batches, with LEAST_TOKENS loss tokens.
 
     The student sampled them, near-certain tokens among them. Where there are too few they come
-    again with other tokens, which are the improbable ones.
+    again with other tokens, which are the improbable ones. `masked`: those cut off do not count.
     """
-    masked, layout = config.distill.mask_truncated, config.parallel
     own = sum(num_loss_tokens(r, masked) for r in rollouts)
     if own == 0:
         return list(rollouts)
-    rng = random.Random(config.seed)
+    rng = random.Random(seed)
     chosen: list[Rollout] = []
     count = whole = 0
     while True:
@@ -85,8 +98,8 @@ def _with_other_tokens(rollout: Rollout, rng: random.Random, vocab_size: int) ->
     return replace(rollout, completion=replace(rollout.completion, token_ids=tokens))
 
 
-def _in_layout_of(teacher: Frozen, model: ShardedModel, config: Config) -> ShardedModel:
-    """The student's weights under the teacher's layout: a copy, if that is another."""
+def _in_layout_of(teacher: Frozen, model: ShardedModel, transformer_impl: str) -> ShardedModel:
+    """Returns the student's weights under the teacher's layout: a copy, if that is another."""
     groups = teacher.model.groups
     if groups is model.groups:
         return model
@@ -94,7 +107,7 @@ def _in_layout_of(teacher: Frozen, model: ShardedModel, config: Config) -> Shard
         model.hf_config,
         groups,
         dtype=model.dtype,
-        transformer_impl=config.model.transformer_impl,
+        transformer_impl=transformer_impl,
         trainable=False,
         shared_vocab_size=model.shared_vocab_size,
     )

@@ -144,7 +144,7 @@ class Guard:
         )
         batches = [b.to(groups.device) for b in batches]
         objective = replace(
-            Objective.from_config(self.config, eps=0.0),
+            Objective.from_config(self.config.distill, self.config.rollout, eps=0.0),
             estimator="sampled",
             temperature=self.config.rollout.temperature,
         )

@@ -51,9 +51,9 @@ def findings(tmp_path: Path) -> Callable[..., list[Finding]]:
         ours = Described.read("student", write_dir(tmp_path / "student", **student or {}))
         theirs = Described.read(role, write_dir(tmp_path / role, **teacher or {}))
         return [
-            *model_findings(ours, config),
-            *prompt_findings(ours, config),
-            *model_findings(theirs, config),
+            *model_findings(ours, config.rollout, config.model.dtype),
+            *prompt_findings(ours, config.data),
+            *model_findings(theirs, config.rollout, config.model.dtype),
             *pair_findings(ours, theirs, config),
         ]
 

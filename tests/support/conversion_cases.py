@@ -143,7 +143,7 @@ def one_step(path: str, tp: int, pp: int, run_dir: str, out: str) -> Tensor | No
             parts.reference,
             step_cases.draw_any_rollouts(case),
             parts.objective,
-            parts.config,
+            parts.config.distill,
             Clock(),
         )
         model = parts.student.model

@@ -91,7 +91,7 @@ def measure(case: StepCase) -> dict[str, float]:
             parts.reference,
             rollouts,
             parts.objective,
-            parts.config,
+            parts.config.distill,
             Clock(),
         )
         train_step(*arguments)  # the optimizer makes its state in the first step

@@ -130,7 +130,11 @@ def make_parts(case: PlanCase, groups: Groups) -> tuple[Student, dict[str, Froze
         groups, teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
     )
     hf = {role: read_hf_config(Path(getattr(case, role))) for role in ("student", "teacher")}
-    student = make_student(build_model(hf["student"], groups, dtype=dtype, trainable=True), config)
+    student = make_student(
+        build_model(hf["student"], groups, dtype=dtype, trainable=True),
+        config.optimizer,
+        config.num_steps,
+    )
     budget = config.parallel.hidden_states_budget_mb
     limit = None if budget is None else budget * 2**20
     frozen = {
@@ -141,7 +145,7 @@ def make_parts(case: PlanCase, groups: Groups) -> tuple[Student, dict[str, Froze
 
 
 def objective_of(config: Config) -> Objective:
-    return Objective.from_config(replace(config, rollout=replace(config.rollout, tis="token")), 0.0)
+    return Objective.from_config(config.distill, replace(config.rollout, tis="token"), 0.0)
 
 
 def live_bytes(case: PlanCase) -> dict[str, int]:
@@ -170,7 +174,7 @@ def peaks(case: PlanCase) -> dict[str, int]:
         rollouts = rollouts_of(case, groups, student.model.true_vocab_size)
 
         def score() -> Any:
-            return prepare(*frozen.values(), rollouts, objective, config, groups)
+            return prepare(*frozen.values(), rollouts, objective, config.distill, groups)
 
         prepared = score()  # what is made once: Megatron's buffers, rotary tables
         accumulate_gradients(student, prepared.work, objective)
@@ -186,7 +190,7 @@ def saved_bytes(case: PlanCase) -> int:
         hf = read_hf_config(Path(case.student))
         model = build_model(hf, groups, dtype=getattr(torch, case.dtype), trainable=True)
         rollouts = rollouts_of(case, groups, hf.vocab_size)
-        work = prepare(None, None, rollouts, objective_of(config), config, groups).work
+        work = prepare(None, None, rollouts, objective_of(config), config.distill, groups).work
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
 

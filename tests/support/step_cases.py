@@ -268,15 +268,18 @@ def groups_of(case: StepCase) -> Iterator[Groups]:
 
 def assemble_parts(case: StepCase, groups: Groups) -> Parts:
     config = config_of(case)
-    vocabulary = Vocabulary.from_config(config)
-    student = load_student(config, groups, vocabulary, trainable=True)
-    frozen = [load(config, groups, vocabulary) for load in (load_teacher, load_reference)]
+    vocabulary = Vocabulary.from_config(config.model, config.distill)
+    student = load_student(config.model, groups, vocabulary, trainable=True, seed=config.seed)
+    frozen = [
+        load_teacher(config.model, groups, vocabulary),
+        load_reference(config.model, groups, vocabulary, seed=config.seed),
+    ]
     return Parts(
-        make_student(student, config),
+        make_student(student, config.optimizer, config.num_steps),
         *frozen,
         groups,
         config,
-        Objective.from_config(config, eps=0.0),
+        Objective.from_config(config.distill, config.rollout, eps=0.0),
     )
 
 
@@ -294,7 +297,7 @@ def gradients_of(case: StepCase, parts: Parts, rollouts: list[Rollout]) -> tuple
         parts.reference,
         my_share(rollouts, parts.groups, case),
         parts.objective,
-        parts.config,
+        parts.config.distill,
         parts.groups,
     )
     if case.forward_only_first:  # a self-test or a tie width between steps must leave nothing
@@ -385,7 +388,7 @@ def step_errors(case: StepCase, expected: Expected) -> dict[str, float]:
             parts.reference,
             my_share(expected.rollouts, groups, case),
             parts.objective,
-            parts.config,
+            parts.config.distill,
             Clock(),
         )
         after = {n: w.clone() for n, w in iter_hf_weights(parts.student.model)}
@@ -426,7 +429,9 @@ def self_teacher(case: StepCase) -> dict[str, float]:
         parts = assemble_parts(case, groups)
         share = my_share(rollouts, groups, case)
         eps = measure_tie_width(parts.student, parts.teacher, share, parts.config)
-        parts = replace(parts, objective=Objective.from_config(parts.config, eps))
+        parts = replace(
+            parts, objective=Objective.from_config(parts.config.distill, parts.config.rollout, eps)
+        )
         metrics, gradients = gradients_of(case, parts, rollouts)
         norm = max(float(g.abs().max()) for g in gradients.values())
     return {"eps": eps, "open": metrics["gate/open_rate"], "gradient": norm}
@@ -442,9 +447,19 @@ def open_gates_of_a_self_teacher(case: StepCase, batches: int) -> float:
             rollouts = draw_any_rollouts(replace(case, seed=seed))
             if seed == 0:
                 eps = measure_tie_width(parts.student, parts.teacher, rollouts, parts.config)
-                parts = replace(parts, objective=Objective.from_config(parts.config, eps))
+                parts = replace(
+                    parts,
+                    objective=Objective.from_config(
+                        parts.config.distill, parts.config.rollout, eps
+                    ),
+                )
             work = prepare(
-                parts.teacher, parts.reference, rollouts, parts.objective, parts.config, groups
+                parts.teacher,
+                parts.reference,
+                rollouts,
+                parts.objective,
+                parts.config.distill,
+                groups,
             ).work
 
             def share(part: Any, result: Any, options: Any = parts.objective.options) -> float:

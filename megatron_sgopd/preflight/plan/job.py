@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from megatron_sgopd.config.checks import needs_reference, needs_teacher, resolve
-from megatron_sgopd.config.engines import servers_of
+from megatron_sgopd.config.engines import samples_teacher, servers_of
 from megatron_sgopd.config.errors import ConfigError
 from megatron_sgopd.config.layout import (
     frozen_layout,
@@ -13,7 +13,13 @@ from megatron_sgopd.config.layout import (
     recompute_problem,
     replica_size,
 )
-from megatron_sgopd.config.schema import Config, VllmConfig
+from megatron_sgopd.config.schema import (
+    Config,
+    DistillConfig,
+    ParallelConfig,
+    RolloutConfig,
+    VllmConfig,
+)
 from megatron_sgopd.preflight.plan.architecture import Architecture, ModelLayout, check_fits
 
 # Methods that see the statistics of a whole micro-batch at once: those that sgopd.METHODS, which
@@ -77,17 +83,18 @@ class Job:
 
     @property
     def asks_teacher_engine(self) -> bool:
-        return _asks_teacher_engine(self.config)
+        distill = self.config.distill
+        return samples_teacher(distill) and needs_teacher(distill)
 
     def roles(self) -> tuple[str, ...]:
         """The frozen models there are."""
         wanted = {"teacher": needs_teacher, "reference": needs_reference}
-        return tuple(role for role, needed in wanted.items() if needed(self.config))
+        return tuple(role for role, needed in wanted.items() if needed(self.config.distill))
 
     def layout_of(self, role: str) -> ModelLayout:
         p = self.config.parallel
-        if role != "student" and has_own_layout(self.config, role):
-            tp, pp = frozen_layout(self.config, role)
+        if role != "student" and has_own_layout(frozen := getattr(self.config.model, role)):
+            tp, pp = frozen_layout(frozen, p)
             shared = p.sequence_parallel and tp > 1
             own = ModelLayout(tp, pp, 1, 1, shared, p.make_vocab_size_divisible_by)
             same = self._student_layout()
@@ -114,10 +121,10 @@ def make_job(config: Config, cluster: Cluster, models: dict[str, Architecture]) 
             layout or the engines cannot take.
     """
     notes: list[str] = []
-    engines = _engine_gpus(config, cluster, notes)
-    teachers = _teacher_engine_gpus(config)
+    engines = _engine_gpus(config.rollout, cluster, notes)
+    teachers = _teacher_engine_gpus(config.rollout, config.distill)
     set_apart = config.rollout.vllm.nodes * cluster.gpus_per_node
-    trainer = _trainer_gpus(config, cluster, max(set_apart, engines) + teachers)
+    trainer = _trainer_gpus(config.parallel, cluster, max(set_apart, engines) + teachers)
     resolved = resolve(config, trainer, here=False)
     job = Job(resolved, cluster, trainer, engines, teachers)
     for role in ("student", *job.roles()):
@@ -133,9 +140,9 @@ def make_job(config: Config, cluster: Cluster, models: dict[str, Architecture]) 
     return replace(job, notes=tuple(notes))
 
 
-def _trainer_gpus(config: Config, cluster: Cluster, taken: int) -> int:
-    """Of the cluster without those `taken` by engines, as many as whole replicas need."""
-    p, replica, left = config.parallel, replica_size(config.parallel), cluster.gpus - taken
+def _trainer_gpus(p: ParallelConfig, cluster: Cluster, taken: int) -> int:
+    """Counts the GPUs of whole replicas on a cluster of which engines have `taken` some."""
+    replica, left = replica_size(p), cluster.gpus - taken
     shape = (
         f"TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size} x CP "
         f"{p.context_parallel_size}"
@@ -164,14 +171,14 @@ def _own_gpus(vllm: VllmConfig) -> int:
     return (len(vllm.urls) if vllm.urls else vllm.num_engines) * vllm.tensor_parallel_size
 
 
-def _engine_gpus(config: Config, cluster: Cluster, notes: list[str]) -> int:
-    """GPUs of the student's servers that are not the trainer's."""
-    vllm = config.rollout.vllm
-    if config.rollout.engine != "vllm" or vllm.colocated:
+def _engine_gpus(rollout: RolloutConfig, cluster: Cluster, notes: list[str]) -> int:
+    """Counts the GPUs of the student's servers that are not the trainer's."""
+    vllm = rollout.vllm
+    if rollout.engine != "vllm" or vllm.colocated:
         if vllm.nodes:
             raise ConfigError(
                 f"rollout.vllm.nodes is {vllm.nodes}, and the recipe's engines "
-                f"({'colocated' if vllm.colocated else config.rollout.engine}) run on the "
+                f"({'colocated' if vllm.colocated else rollout.engine}) run on the "
                 "trainer's GPUs: set rollout.engine=vllm rollout.vllm.colocated=false, or nodes=0"
             )
         return 0
@@ -208,19 +215,13 @@ def _check_engine_nodes(vllm: VllmConfig, cluster: Cluster) -> None:
             )
 
 
-def _teacher_engine_gpus(config: Config) -> int:
-    """GPUs of the teacher's servers, where they share neither the trainer's nor the student's."""
-    vllm = config.rollout.vllm
-    if config.rollout.engine != "vllm" or not _asks_teacher_engine(config):
+def _teacher_engine_gpus(rollout: RolloutConfig, distill: DistillConfig) -> int:
+    """Counts the GPUs of the teacher's servers that are neither the trainer's nor the student's."""
+    vllm, asked = rollout.vllm, samples_teacher(distill) and needs_teacher(distill)
+    if rollout.engine != "vllm" or not asked:
         return 0
     teacher = servers_of(vllm, "teacher")
     beside = vllm.urls is None and teacher.devices == vllm.devices
     if teacher.urls is None and (beside or vllm.nodes):
         return 0
     return _own_gpus(teacher)
-
-
-def _asks_teacher_engine(config: Config) -> bool:
-    phases = config.distill.phases
-    sampled = phases.enabled and phases.rho0 > 0 and phases.source == "engine"
-    return sampled and needs_teacher(config)

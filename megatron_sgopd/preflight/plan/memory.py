@@ -217,7 +217,7 @@ class _Estimate:
         return self.layout.vocab_rows(model) * model.hidden * self.kind.element_bytes
 
     def _has_own_layout(self, role: str) -> bool:
-        own = has_own_layout(self.job.config, role)
+        own = has_own_layout(getattr(self.job.config.model, role))
         return own and self.job.layout_of(role) != self.layout
 
     def _embedded(self) -> Items:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from megatron_sgopd.config.checks import check
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import Config, ModelConfig, RolloutConfig
 from megatron_sgopd.preflight.plan.architecture import Architecture
 from megatron_sgopd.preflight.plan.duration import Duration, duration_of
 from megatron_sgopd.preflight.plan.engines import EnginePlan, engine_plans
@@ -54,11 +54,11 @@ class Plan:
         return self.missing_bytes <= 0
 
 
-def assumptions_of(config: Config, given: dict[str, float]) -> Assumptions:
+def assumptions_of(rollout: RolloutConfig, given: dict[str, float]) -> Assumptions:
     """The defaults, and what the options say."""
     lengths = {
-        "mean_prompt_tokens": PROMPT_SHARE * config.rollout.max_prompt_tokens,
-        "mean_completion_tokens": COMPLETION_SHARE * config.rollout.max_new_tokens,
+        "mean_prompt_tokens": PROMPT_SHARE * rollout.max_prompt_tokens,
+        "mean_completion_tokens": COMPLETION_SHARE * rollout.max_new_tokens,
     }
     return Assumptions(**(lengths | given))
 
@@ -70,7 +70,7 @@ def make_plan(config: Config, cluster: Cluster, gpu: Gpu, given: dict[str, float
         ConfigError: a recipe, a model or a cluster that cannot be.
     """
     check(config, here=False)
-    models = _models(config)
+    models = _models(config.model)
     plan = _plan(config, cluster, gpu, given, models)
     if plan.fits:
         return plan
@@ -82,12 +82,12 @@ def make_plan(config: Config, cluster: Cluster, gpu: Gpu, given: dict[str, float
     return Plan(**{**vars(plan), "changes": found})
 
 
-def _models(config: Config) -> dict[str, Architecture]:
-    """By role; the reference is the student's sibling where it has no path."""
-    student = find_architecture(config.model.student.hf_path, "student")
+def _models(recipe: ModelConfig) -> dict[str, Architecture]:
+    """Finds the sizes by role; the reference is the student's sibling where it has no path."""
+    student = find_architecture(recipe.student.hf_path, "student")
     models = {"student": student, "reference": student}
     for role in ("teacher", "reference"):
-        if (path := getattr(config.model, role).hf_path) is not None:
+        if (path := getattr(recipe, role).hf_path) is not None:
             models[role] = find_architecture(path, role)
     return models
 
@@ -99,7 +99,7 @@ def _plan(
     given: dict[str, float],
     models: dict[str, Architecture],
 ) -> Plan:
-    assumed = assumptions_of(config, given)
+    assumed = assumptions_of(config.rollout, given)
     loaded = _as_loaded(models)
     job = make_job(config, cluster, loaded)
     ranks = memory_of(job, loaded, gpu)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 from megatron_sgopd.config.errors import ConfigError
-from megatron_sgopd.config.schema import Config
+from megatron_sgopd.config.schema import Config, ParallelConfig, RolloutConfig
 
 HELPS = 0.02  # share of what is missing that a change must save
 PASSES = 3
@@ -25,49 +25,46 @@ class Remedy:
 
 
 def remedies(config: Config, shortage: Shortage, *, gpus_per_node: int) -> list[Remedy]:
-    """Changes that build on each other until the recipe fits, or until nothing helps more."""
-    changed, missing = config, shortage(config)
-    kept: list[Changes] = []
+    """Finds changes that build on each other until the recipe fits, or until nothing helps more."""
+
+    def missing_after(several: Sequence[Changes]) -> int | None:
+        """Bytes; None where layout, heads or prompts do not allow the changes."""
+        try:
+            return shortage(with_values(config, several))
+        except ConfigError:
+            return None
+
+    missing, kept = shortage(config), list[Changes]()
     for _ in range(PASSES):  # what hardly helped at first may be all that is left to do
-        for changes in _candidates(changed, gpus_per_node):
+        for changes in _candidates(with_values(config, kept), gpus_per_node):
             if missing <= 0:
                 break
-            after = _missing(changed, changes, shortage)
+            after = missing_after([*kept, changes])
             if after is not None and after < (1 - HELPS) * missing:
-                changed, missing = with_values(changed, changes), after
+                missing = after
                 kept.append(changes)
     if missing <= 0:
-        kept = _needed(config, kept, shortage)
-    found = []
-    for changes in kept:
-        config = with_values(config, changes)
-        found.append(Remedy(changes, shortage(config)))
-    return found
+        kept = _needed(kept, missing_after)
+    return [
+        Remedy(changes, shortage(with_values(config, kept[: i + 1])))
+        for i, changes in enumerate(kept)
+    ]
 
 
-def _missing(config: Config, changes: Changes, shortage: Shortage) -> int | None:
-    """After the changes; None where layout, heads or prompts do not allow them."""
-    try:
-        return shortage(with_values(config, changes))
-    except ConfigError:
-        return None
-
-
-def _needed(config: Config, kept: list[Changes], shortage: Shortage) -> list[Changes]:
-    """Without those that later ones have made needless, the dearest looked at first."""
-    for changes in kept[-2::-1]:
+def _needed(
+    kept: list[Changes], missing_after: Callable[[Sequence[Changes]], int | None]
+) -> list[Changes]:
+    """Leaves out what later changes have made needless, the dearest looked at first."""
+    for changes in reversed(kept[:-1]):
         others = [each for each in kept if each is not changes]
-        without = config
-        for each in others:
-            without = with_values(without, each)
-        after = _missing(without, {}, shortage)
+        after = missing_after(others)
         if after is not None and after <= 0:
             kept = others
     return kept
 
 
 def _candidates(config: Config, gpus_per_node: int) -> Iterator[Changes]:
-    """The cheapest in time first."""
+    """Proposes changes, the cheapest in time first."""
     p, rollout = config.parallel, config.rollout
     if not p.use_distributed_optimizer:
         yield {"parallel.use_distributed_optimizer": True}
@@ -86,15 +83,18 @@ def _candidates(config: Config, gpus_per_node: int) -> Iterator[Changes]:
             yield {f"model.{role}.offload": True}
     if p.recompute_granularity != "full":
         yield {"parallel.recompute_granularity": "full", "parallel.recompute_modules": None}
-    yield from _engine_shares(config)
+    yield from _engine_shares(rollout)
+    phases = config.distill.phases
+    if rollout.engine == "vllm" and phases.enabled and phases.source == "engine":
+        yield {"distill.phases.source": "LABELLED.jsonl"}  # tools/label_rollouts.py makes it
     if not config.optimizer.offload:
         yield {"optimizer.offload": True}
-    yield from _wider(config, gpus_per_node)
+    yield from _wider(p, gpus_per_node)
 
 
-def _engine_shares(config: Config) -> Iterator[Changes]:
-    """Less of a shared GPU for the servers, or more of their own for their cache."""
-    rollout, vllm, key = config.rollout, config.rollout.vllm, "rollout.vllm.gpu_memory_utilization"
+def _engine_shares(rollout: RolloutConfig) -> Iterator[Changes]:
+    """Proposes less of a shared GPU for the servers, or more of their own for their cache."""
+    vllm, key = rollout.vllm, "rollout.vllm.gpu_memory_utilization"
     if rollout.engine == "embedded":
         for batch in (64, 32, 16, 8, 4, 2, 1):
             if batch < rollout.max_batch_size:
@@ -107,13 +107,10 @@ def _engine_shares(config: Config) -> Iterator[Changes]:
         yield from ({key: lower} for lower in (0.5, 0.4, 0.3, 0.2))
     else:
         yield {key: 0.9}
-    if config.distill.phases.enabled and config.distill.phases.source == "engine":
-        yield {"distill.phases.source": "LABELLED.jsonl"}  # tools/label_rollouts.py makes it
 
 
-def _wider(config: Config, gpus_per_node: int) -> Iterator[Changes]:
-    """More tensor, then pipeline, then context parallelism, at the expense of data parallelism."""
-    p = config.parallel
+def _wider(p: ParallelConfig, gpus_per_node: int) -> Iterator[Changes]:
+    """Proposes more tensor, then pipeline, then context parallelism, and less data parallelism."""
     free: Changes = {} if p.data_parallel_size is None else {"parallel.data_parallel_size": None}
     tp = 2 * p.tensor_model_parallel_size
     while tp <= gpus_per_node:
@@ -126,10 +123,11 @@ def _wider(config: Config, gpus_per_node: int) -> Iterator[Changes]:
             yield {f"parallel.{key}": times * getattr(p, key)} | free
 
 
-def with_values(config: Config, changes: Changes) -> Config:
-    """The config with dotted keys replaced."""
-    for key, value in changes.items():
-        config = _with(config, key.split("."), value)
+def with_values(config: Config, several: Sequence[Changes]) -> Config:
+    """Returns the config with dotted keys replaced, one set of changes after the other."""
+    for changes in several:
+        for key, value in changes.items():
+            config = _with(config, key.split("."), value)
     return config
 
 

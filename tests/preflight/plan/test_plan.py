@@ -347,9 +347,9 @@ def test_which_models_a_method_reads(overrides: list[str]) -> None:
     from megatron_sgopd.training.objective import Objective
 
     config = load_config(RECIPE, overrides)
-    objective = Objective.from_config(config, 0.0)
-    assert needs_teacher(config) == objective.needs_teacher
-    assert needs_reference(config) == objective.needs_reference
+    objective = Objective.from_config(config.distill, config.rollout, 0.0)
+    assert needs_teacher(config.distill) == objective.needs_teacher
+    assert needs_reference(config.distill) == objective.needs_reference
 
 
 def test_no_figure_is_lost_on_the_way_to_the_table() -> None:
