@@ -8,7 +8,8 @@ batch shape that training uses. Methods without a gate have no use for it.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -47,7 +48,10 @@ def measure_tie_width(
         seed=config.seed,
         vocab_size=student.model.shared_vocab_size,
     )
-    work = prepare(mirror, None, sample, objective, config.distill, student.groups).work
+    # Megatron multiplies with frozen weights by another routine, in another order of sums: scored
+    # as weights that are trained, the student would agree with itself to the bit.
+    with _frozen_weights(copy):
+        work = prepare(mirror, None, sample, objective, config.distill, student.groups).work
 
     def largest_gap(part: MicroBatch, result: LossResult) -> Tensor:
         stats = result.statistics
@@ -58,6 +62,19 @@ def measure_tie_width(
     largest = torch.stack([torch.zeros((), device=student.groups.device), *seen]).max()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return MARGIN * float(largest)
+
+
+@contextmanager
+def _frozen_weights(model: ShardedModel) -> Iterator[None]:
+    """Takes gradients off the weights inside."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def enough_tokens(

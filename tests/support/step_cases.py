@@ -262,7 +262,8 @@ def groups_of(case: StepCase) -> Iterator[Groups]:
     in fp32 on one rank already, more than any layout adds (test_the_flash_kernel_is_less_exact).
     """
     kernels = [SDPBackend.MATH, *([SDPBackend.FLASH_ATTENTION] if case.flash else [])]
-    with layout(tp=case.tp, **dict(case.parallel)) as groups, sdpa_kernel(kernels):
+    parallel = {"micro_batch_size": case.micro_batch_size, **dict(case.parallel)}
+    with layout(tp=case.tp, **parallel) as groups, sdpa_kernel(kernels):
         yield groups
 
 

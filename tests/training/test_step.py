@@ -116,13 +116,15 @@ def test_one_optimizer_step_equals_adamw(
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "full_vocab"])
-@pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 2)], ids=["one", "TP2"])
+@pytest.mark.parametrize(
+    ("world", "tp", "rows"), [(1, 1, 2), (2, 2, 2), (2, 2, 1)], ids=["one", "TP2", "TP2-alone"]
+)
 def test_a_teacher_that_is_the_student_leaves_the_gate_closed(
-    pool: Any, models: dict[bool, StepCase], world: int, tp: int, estimator: str
+    pool: Any, models: dict[bool, StepCase], world: int, tp: int, rows: int, estimator: str
 ) -> None:
-    for got in pool(world).run(
-        step_cases.self_teacher, replace(models[False], tp=tp, estimator=estimator)
-    ):
+    """One row a micro-batch: trained weights then agree with themselves to the bit."""
+    case = replace(models[False], tp=tp, estimator=estimator, micro_batch_size=rows)
+    for got in pool(world).run(step_cases.self_teacher, case):
         assert got["open"] == 0.0
         assert got["gradient"] < 1e-6
         assert got["eps"] < 1e-5
