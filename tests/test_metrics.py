@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_sgopd.atomic_files import read_json_lines
 from megatron_sgopd.config.schema import LoggingConfig
 from megatron_sgopd.metrics import Clock, StepLog, add_up, progress_bar
 from tests.support import model_cases
+from tests.support.documents import METRICS, check_run_folder, first_cells, logged_names
 
 
 def write(path: Path, first: int, steps: range) -> None:
@@ -97,3 +99,18 @@ def test_the_progress_bar_shows_on_one_rank(show: bool, capsys: pytest.CaptureFi
     with progress_bar("steps", 4, initial=1, show=show) as bar:
         bar.update(2)
     assert ("3/4" in capsys.readouterr().err) == show
+
+
+def test_the_document_names_what_the_code_logs_and_nothing_else() -> None:
+    documented, patterns = first_cells(METRICS), logged_names()
+    assert len(documented) == len(set(documented)) > 40
+    unknown = [name for name in documented if not any(re.fullmatch(p, name) for p in patterns)]
+    assert unknown == [], "no code logs these"
+    missing = [p for p in patterns if not any(re.fullmatch(p, name) for name in documented)]
+    assert missing == [], "docs/metrics.md does not name these"
+
+
+def test_a_metric_that_is_not_documented_is_seen_in_a_run(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", 0, range(1, 3))
+    with pytest.raises(AssertionError, match=r"does not name \['loss/total'\]"):
+        check_run_folder(tmp_path)

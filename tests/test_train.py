@@ -16,6 +16,13 @@ from megatron_sgopd.config.load import load_config
 from megatron_sgopd.rollouts.make_engine import _starting
 from tests.conftest import SIZES
 from tests.support import conversion_cases, train_cases
+from tests.support.documents import (
+    RUN_FOLDER,
+    check_run_folder,
+    first_cells,
+    status_words,
+    written_names,
+)
 from tests.support.pool import RankError
 
 STEPS = 4
@@ -46,7 +53,11 @@ def overrides(world: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def run(pool: Any, recipe: str, settings: list[str], fault: Any = None) -> list[str]:
-    return list(pool(2).run(train_cases.run, f"recipes/demo/{recipe}.yaml", settings, fault))
+    """The status on each rank; docs/metrics.md and docs/run_folder.md name all that is left."""
+    said = list(pool(2).run(train_cases.run, f"recipes/demo/{recipe}.yaml", settings, fault))
+    folders = [text.partition("=")[2] for text in settings if text.startswith("logging.run_dir=")]
+    check_run_folder(Path(folders[-1]))
+    return said
 
 
 def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Path) -> None:
@@ -55,6 +66,7 @@ def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Pat
     )
     assert run(pool, "sg_opd", settings) == ["finished"] * 2
     folder = tmp_path / "run"
+    check_run_folder(world / "student")  # of method sft
     assert (folder / "status").read_text() == "finished\n"
     rows = train_cases.metrics_without_time(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -373,6 +385,30 @@ def test_a_pool_that_cannot_serve_is_refused(
     settings = overrides(world, tmp_path / "run", f"distill.phases.source={labelled}")
     errors = pool(2).run(train_cases.error_of, "recipes/demo/sg_opd.yaml", settings)
     assert all(re.search(message, error) for error in errors)
+
+
+@pytest.mark.parametrize("section", ["The run folder", "The evaluation folder"])
+def test_every_documented_file_is_in_the_code(section: str) -> None:
+    cells, names = first_cells(RUN_FOLDER, section), written_names()
+    assert len(cells) == len(set(cells)) > 10
+    parts = {part for cell in cells for part in cell.split("/") if part}
+    patterns = {part: re.escape(part).replace(r"\*", ".*") for part in parts}
+    unknown = [
+        part
+        for part, pattern in patterns.items()
+        if not any(re.fullmatch(pattern, name) for name in names)
+    ]
+    assert unknown == [], "no code names these"
+
+
+def test_every_word_of_status_is_documented() -> None:
+    assert sorted(first_cells(RUN_FOLDER, "Status")) == sorted(status_words())
+
+
+def test_a_file_that_is_not_documented_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(AssertionError, match=r"does not name \['notes.txt'\]"):
+        check_run_folder(tmp_path)
 
 
 def test_a_request_to_stop_is_heeded_while_servers_start(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from megatron_sgopd.model.content_digest import fingerprint
 from megatron_sgopd.rollouts.vllm_servers.server import free_ports
 from tests.cli.test_cli import sgopd
 from tests.support import evaluation_cases
+from tests.support.documents import check_files
 from tests.support.evaluation_cases import SHORT, complaint, judge, make_model, on_ranks, write_sets
 
 STOPS = "rollout.stop_token_ids=[" + ",".join(map(str, range(40))) + "]"  # most answers end
@@ -86,6 +87,7 @@ def marks(folder: Path, name: str) -> dict[str, list[bool]]:
 
 def test_figures_are_those_of_the_samples(evaluated: dict[str, Path]) -> None:
     folder = evaluated["a"]
+    check_files(folder, "The evaluation folder")
     summary = json.loads((folder / "summary.json").read_text())
     averages, passes, lengths, cut = [], [], [], []
     for name in SETS:
