@@ -18,6 +18,7 @@ import pytest
 
 from megatron_sgopd.rollouts.vllm_servers.client import VllmClient
 from megatron_sgopd.rollouts.vllm_servers.server import free_ports
+from tests.support.documents import check_run_folder
 from tests.support.train_cases import metrics_without_time
 
 PATIENCE_S = 200.0
@@ -108,6 +109,7 @@ def test_one_step_off_with_a_teacher_and_a_killed_engine(world: Path, tmp_path: 
     (server,) = servers(student)
     kill(server)
     assert run.wait(PATIENCE_S) == 0, Path(f"{run_dir}.out").read_text()[-3000:]
+    check_run_folder(run_dir)
     done = rows(run_dir)
     assert [row["step"] for row in done] == list(range(1, 9))
     assert (run_dir / "engines" / "teacher-0.log").exists()
