@@ -165,7 +165,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """The sign-consistency gate: open where verifier and teacher pull the same way."""
+    """The sign-consistency gate: open for tokens where verifier and teacher agree in sign."""
 
     verifier_signal: Literal["group_norm", "sign", "mean_only"] = "group_norm"
     """How the verdicts c of a prompt's rollouts become a1: (c - mean) / (std + 1e-6), 2c - 1, or
@@ -275,7 +275,7 @@ class DistillConfig:
     """Number of tokens whose logits are computed at once. Null chooses it by memory: at least 256
     tokens."""
     gate: GateConfig = field(default_factory=GateConfig)
-    """The sign-consistency gate: open where verifier and teacher pull the same way."""
+    """The sign-consistency gate: open for tokens where verifier and teacher agree in sign."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     """Phased teacher sampling: at the start of a run part of the batch is teacher rollouts that
     the verifier accepts, and their share decreases to 0."""

@@ -149,12 +149,13 @@ class VerifierConfig:
     """The verifier: math_verify, or the dotted path of a function (completion, answer) that returns
     a Verdict. Restriction: math_verify or a path with a dot, package.module.function."""
     timeout_s: float = 5.0
-    """Seconds of wall-clock time for one answer; one that takes longer counts as wrong."""
+    """Seconds of wall-clock time for one answer; one that takes longer counts as wrong.
+    Restriction: at least 0.01, checked when the verifier starts."""
     num_workers: int = 2
     """Worker processes of each replica."""
     memory_mb: int = 2048
     """Megabytes of memory that a worker may use for an answer; one that needs more counts as
-    wrong."""
+    wrong. Restriction: at least 64, checked when the verifier starts."""
 
 
 @dataclass(frozen=True)
