@@ -62,6 +62,8 @@ def _gpu(arguments: argparse.Namespace) -> Gpu:
 
 
 def _write(path: Path, text: str) -> None:
+    if not path.parent.is_dir():  # a folder of that name is more likely a typing error
+        raise ConfigError(f"--json {path} cannot be written (no folder {path.parent})")
     try:
         write_file(path, text, "\n")
     except OSError as error:

@@ -199,11 +199,6 @@ def _ranges(values: Mapping[str, Any], name: str) -> Iterator[str]:
 
 
 def _sampling(rollout: RolloutConfig, method: str) -> Iterator[str]:
-    if rollout.top_p != 1.0:
-        yield (
-            f"rollout.top_p is {rollout.top_p}; training needs 1.0: the engine's log-probs would "
-            "be renormalised over the kept tokens while the trainer scores the whole vocabulary"
-        )
     if rollout.temperature <= 0:
         yield (
             f"rollout.temperature is {rollout.temperature}; training samples, so it must be above 0"
@@ -227,11 +222,6 @@ def _method(distill: DistillConfig, model: ModelConfig, n: int) -> Iterator[str]
         yield f"distill.method {method!r} compares a group's rollouts; rollout.n is 1: 2 or more"
     if distill.estimator == "full_vocab" and distill.adv_clip is not None:
         yield "distill.adv_clip clips the sampled advantage; full_vocab has none: set it to null"
-    if distill.ppo_epochs != 1:
-        yield (
-            f"distill.ppo_epochs is {distill.ppo_epochs}; 1 is what there is: one update a batch, "
-            "so that the PPO ratio is 1"
-        )
     if method == "exopd" and distill.lambda_uniform <= 0:
         yield f"distill.lambda_uniform is {distill.lambda_uniform}; it must be above 0"
     if method in NO_TEACHER and model.reference.hf_path is not None:

@@ -115,7 +115,6 @@ def config_for_model(config: Config, model: str, world_size: int | None = None) 
             max_new_tokens=e.max_new_tokens or rollout.max_new_tokens,
             max_policy_lag=0,
             temperature=1.0,
-            top_p=1.0,
             tis="auto",
         ),
         evaluation=replace(e, every=0),

@@ -22,7 +22,6 @@ from megatron_sgopd.config.schema_rollouts import (
 )
 
 __all__ = [
-    "METHODS",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -41,8 +40,6 @@ __all__ = [
     "VerifierConfig",
     "VllmConfig",
 ]
-
-METHODS = ("sft", "grpo", "opd", "exopd", "sg_opd", "opdvr", "grpd")
 
 
 @dataclass(frozen=True)
@@ -259,8 +256,6 @@ class DistillConfig:
     with estimator full_vocab. Source: pub."""
     mask_truncated: bool = False
     """Leaves out of the loss the rollouts that reached rollout.max_new_tokens. Source: pub."""
-    ppo_epochs: int = 1
-    """Optimizer updates from one batch of rollouts. Restriction: 1. Source: pub."""
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """Divergence that estimator full_vocab minimises. Restriction: reverse_kl with estimator
     sampled, and with method sg_opd and full_vocab_mode candidate. Source: pub."""

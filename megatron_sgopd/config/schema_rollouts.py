@@ -123,9 +123,6 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; all log-probabilities are computed at it. Restriction: above 0.
     Source: pub."""
-    top_p: float = 1.0
-    """Nucleus sampling threshold. Restriction: 1, because the trainer scores the whole vocabulary.
-    Source: pub."""
     max_prompt_tokens: int = 2048
     """Longest prompt in tokens; longer training prompts are left out."""
     max_new_tokens: int = 16384

@@ -58,7 +58,7 @@ MISTAKES = {
     "bad type": (["train", RECIPE, "num_steps=ten"], "'num_steps' is 'ten' (str); allowed: int"),
     "bad choice": (["config", RECIPE, "distill.method=x"], "one of sft, grpo, opd"),
     "no recipe": (["train", "recipes/demo/sg_opt.yaml"], "recipes/demo/sg_opd.yaml?"),
-    "cannot be": (["train", RECIPE, "rollout.top_p=0.9"], "rollout.top_p is 0.9"),
+    "cannot be": (["train", RECIPE, "rollout.temperature=0"], "rollout.temperature is 0"),
     "not an override": (["train", RECIPE, "quickly"], "section.key=value"),
 }
 
