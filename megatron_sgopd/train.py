@@ -6,6 +6,7 @@ directory. `run` puts together what the loop holds.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd import sgopd
-from megatron_sgopd.atomic_files import read_json_lines, write_json, write_json_lines
+from megatron_sgopd.atomic_files import write_json
 from megatron_sgopd.config.evaluation import samples_per_problem
 from megatron_sgopd.config.schema import Config
 from megatron_sgopd.distributed.failure import failing_together
-from megatron_sgopd.evaluation.accuracy import summarize, summarize_benchmarks
-from megatron_sgopd.evaluation.ask import evaluate, tasks_of
+from megatron_sgopd.evaluation.accuracy import summarize
+from megatron_sgopd.evaluation.ask import evaluate, records_of, tasks_of
+from megatron_sgopd.evaluation.folder import IDENTITY, make_settings, write_evaluation
 from megatron_sgopd.metrics import Clock, peak_memory, progress_bar, reduced_means
 from megatron_sgopd.model.checkpoint_files import RECIPE
 from megatron_sgopd.model.families import hf_shapes
@@ -188,7 +190,8 @@ def evaluate_during(run: Run) -> dict[str, float]:
     sets, k, engines = run.benchmarks["during"], run.config.evaluation.during_k, run.engines
     if engines.student is None or not sets:
         return {}
-    records = evaluate(run.sampler, engines.student, sets, n=k, greedy=False, jobs=engines.jobs)
+    rows = evaluate(run.sampler, engines.student, sets, n=k, greedy=False, jobs=engines.jobs)
+    records = records_of(sets, rows, k, greedy=False)
     return {"evaluation/avg_at_k": float(summarize(records)["avg_at_k"])}
 
 
@@ -232,7 +235,7 @@ def card(run: Run, results: dict[str, Any]) -> str:
 
 
 def evaluate_and_write(run: Run, name: str) -> dict[str, Any]:
-    """Runs the full evaluation, to evaluation/NAME.jsonl; returns its summary. Collective."""
+    """Runs the full evaluation, to evaluation/NAME/; returns its scores on rank 0. Collective."""
     e, sets, engines = run.config.evaluation, run.benchmarks["final"], run.engines
     if engines.student is None or not sets:
         return {}
@@ -242,7 +245,7 @@ def evaluate_and_write(run: Run, name: str) -> dict[str, Any]:
     bar = progress_bar(
         f"{run.config.name}: evaluate", share, show=run.shows_progress, unit="answer"
     )
-    records = evaluate(
+    rows = evaluate(
         run.sampler,
         engines.student,
         sets,
@@ -252,11 +255,17 @@ def evaluate_and_write(run: Run, name: str) -> dict[str, Any]:
         advance=bar.update,
     )
     bar.close()
-    if run.is_first:
-        write_json_lines(run.folder / "evaluation" / f"{name}.jsonl", records)
-    return summarize_benchmarks(
-        records, e.k, bootstrap_samples=e.bootstrap_samples, seed=run.config.seed
+    if not run.is_first:
+        return {}
+    settings = make_settings(
+        run.config,
+        model={"path": str(run.folder), "content": f"the student after {run.state.step} steps"},
+        stop_token_ids=run.sampler.stop_token_ids,
+        benchmarks=sets,
+        engine_version=engines.student.version,
     )
+    summary = write_evaluation(run.folder / "evaluation" / name, settings, sets, rows)
+    return {key: value for key, value in summary.items() if key not in IDENTITY}
 
 
 def finish(run: Run, seconds: float) -> None:
@@ -282,7 +291,7 @@ def finish(run: Run, seconds: float) -> None:
             "seconds": round(seconds, 1),
             "seed": config.seed,
             "seeds": [config.seed],
-            "initial_avg_at_k": initial_avg_at_k(run.folder),
+            "initial_avg_at_k": initial_avg_at_k(run),
             "teacher_avg_at_k": None,  # a run does not evaluate its teacher
             "engine": engine.name if engine else None,
             "engine_version": engine.version if engine else None,
@@ -298,12 +307,12 @@ def finish(run: Run, seconds: float) -> None:
     run.close()
 
 
-def initial_avg_at_k(run_dir: Path) -> float | None:
-    """Returns avg@k of the student before, where `evaluation.at_start` left its records."""
-    path = run_dir / "evaluation" / "start.jsonl"
-    if not path.is_file():
+def initial_avg_at_k(run: Run) -> float | None:
+    """Returns avg@k of the student before, where the recipe asks for that evaluation."""
+    path = run.folder / "evaluation" / "start" / SUMMARY
+    if not (run.config.evaluation.at_start and path.is_file()):
         return None
-    return float(summarize(list(read_json_lines(path)))["avg_at_k"])
+    return float(json.loads(path.read_text(encoding="utf-8"))["avg_at_k"])
 
 
 def due(step: int, every: int) -> bool:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_sgopd.__main__ import main
 from megatron_sgopd.config.load import load_config
+from megatron_sgopd.evaluation.folder import read_records
 from megatron_sgopd.rollouts.make_engine import _starting
 from tests.conftest import SIZES
 from tests.support import conversion_cases, train_cases
@@ -60,7 +62,9 @@ def run(pool: Any, recipe: str, settings: list[str], fault: Any = None) -> list[
     return said
 
 
-def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_what_the_readme_says(
+    pool: Any, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = overrides(
         world, tmp_path / "run", "checkpoint.at_end=true", "evaluation.at_start=true"
     )
@@ -92,11 +96,16 @@ def test_a_run_leaves_what_the_readme_says(pool: Any, world: Path, tmp_path: Pat
     ]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["method"], summary["estimator"], summary["steps"]) == ("sg_opd", "sampled", 4)
-    records = [json.loads(x) for x in (folder / "evaluation/final.jsonl").read_text().splitlines()]
+    records = read_records(folder / "evaluation" / "final")
     assert len(records) == SIZES.test
     correct = sum(sum(r["is_correct"]) for r in records)
     assert summary["avg_at_k"] == pytest.approx(correct / (2 * SIZES.test))
-    before = [json.loads(x) for x in (folder / "evaluation/start.jsonl").read_text().splitlines()]
+    before = read_records(folder / "evaluation" / "start")
+    capsys.readouterr()
+    assert main(["compare", str(folder), str(folder / "evaluation" / "start")]) == 0
+    table = capsys.readouterr().out
+    points = 100 * (summary["avg_at_k"] - summary["initial_avg_at_k"])
+    assert re.search(rf"avg@2 .* {re.escape(f'{points:+.1f}')} ", table), table
     assert summary["initial_avg_at_k"] == sum(sum(r["is_correct"]) for r in before) / 12
     assert summary["seeds"] == [42]
     scores = {row["step"]: row.get("evaluation/avg_at_k") for row in rows}
@@ -128,7 +137,7 @@ def test_every_arm_of_the_demonstration_runs(
     assert (summary["k"], summary["num_samples"]) == (2, 3)
     by_name = {name: s["num_problems"] for name, s in summary["benchmarks"].items()}
     assert by_name == {"test": SIZES.test, "dev": SIZES.dev}
-    assert len((tmp_path / "run/evaluation/final.jsonl").read_text().splitlines()) == 10
+    assert len(read_records(tmp_path / "run" / "evaluation" / "final")) == 10
     rows = train_cases.metrics_without_time(tmp_path / "run")
     assert len(rows) == STEPS
     assert all(row["distill/reverse_kl"] == row["distill/reverse_kl"] for row in rows)

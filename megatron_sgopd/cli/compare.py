@@ -13,7 +13,12 @@ from megatron_sgopd.config.errors import ConfigError
 def add(commands: Commands) -> None:
     text = "compare two evaluations problem by problem: the first less the second"
     command = add_command(commands, "compare", compare, text)
-    command.add_argument("first", type=Path, metavar="DIR", help="of a finished `sgopd evaluate`")
+    command.add_argument(
+        "first",
+        type=Path,
+        metavar="DIR",
+        help="of a finished `sgopd evaluate`, or of a training run",
+    )
     command.add_argument("second", type=Path, metavar="DIR", help="the baseline's")
     command.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there too")
 

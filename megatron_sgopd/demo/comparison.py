@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sgopd.atomic_files import read_json_lines
 from megatron_sgopd.demo.arms import BASELINE, LIFT_BAR
 from megatron_sgopd.evaluation.accuracy import Difference, Record, paired_difference, summarize
+from megatron_sgopd.evaluation.folder import read_records
 from megatron_sgopd.evaluation.tables import aligned, interval, percent
 
 QUICK_VERDICT = "Quick form: a few steps on a few problems, which make no claim on accuracy."
 
 
 def read_evaluation(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of evaluation/final.jsonl."""
-    path = run_dir / "evaluation" / "final.jsonl"
-    return list(read_json_lines(path))
+    """Reads the records of a run's last evaluation."""
+    return read_records(run_dir / "evaluation" / "final")
 
 
 def compare(

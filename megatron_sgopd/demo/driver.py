@@ -181,7 +181,7 @@ def train(options: Options, plan: Training, progress: Progress) -> None:
         raise TrainingFailed("", code)  # the trainer's error stays the last line on the screen
     if code < 0:
         raise TrainingFailed(f"{plan.name} was ended by signal {-code}", 128 - code)
-    for needed in ("summary.json", "evaluation/final.jsonl", "hf/config.json"):
+    for needed in ("summary.json", "evaluation/final/summary.json", "hf/config.json"):
         if not (directory / needed).is_file():
             raise TrainingFailed(
                 f"{plan.name} ended without {directory / needed}; was it stopped? Run the same "

@@ -6,13 +6,13 @@ tasks; a task is one answer to one problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from megatron_sgopd.distributed.groups import any_rank, broadcast_object, gather_objects
 from megatron_sgopd.evaluation.benchmarks import Benchmark
-from megatron_sgopd.evaluation.samples import GREEDY, Row, join, records
+from megatron_sgopd.evaluation.samples import GREEDY, Key, Row, join, records
 from megatron_sgopd.rollouts.engine_jobs import Jobs
 from megatron_sgopd.rollouts.sampler import Sampler, request_seed
 from megatron_sgopd.types import Completion, Engine, EngineLost, Prompt, Request
@@ -33,10 +33,10 @@ def evaluate(
     greedy: bool,
     jobs: Jobs,
     advance: Callable[[int], object] = lambda count: None,
-) -> list[dict[str, Any]]:
-    """One record a problem, in order, on every rank (see `samples.records`). Collective.
+) -> dict[str, dict[Key, Row]]:
+    """Returns the verified answers by benchmark, on every rank (see `samples`). Collective.
 
-    `advance` is told as answers of this replica are verified.
+    `advance` is called with counts of this replica's answers as they are verified.
     """
     kept: list[tuple[str, Row]] = []
     tasks = tasks_of(benchmarks, n, greedy)
@@ -44,11 +44,18 @@ def evaluate(
     groups = sampler.groups
     mine = broadcast_object(kept, groups)
     everything = list(chain.from_iterable(gather_objects(mine, groups.dp_group)))
-    out = []
-    for each in benchmarks:
-        rows = join(row for name, row in everything if name == each.name)
-        out += records(each.problems, rows, n=n, greedy=greedy, benchmark=each.name)
-    return out
+    return {b.name: join(row for name, row in everything if name == b.name) for b in benchmarks}
+
+
+def records_of(
+    benchmarks: Iterable[Benchmark], rows: Mapping[str, Mapping[Key, Row]], n: int, greedy: bool
+) -> list[dict[str, Any]]:
+    """Returns one record a problem, in order, for `accuracy`."""
+    return [
+        record
+        for b in benchmarks
+        for record in records(b.problems, rows[b.name], n=n, greedy=greedy, benchmark=b.name)
+    ]
 
 
 def tasks_of(benchmarks: Iterable[Benchmark], n: int, greedy: bool) -> list[Task]:

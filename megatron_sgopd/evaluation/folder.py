@@ -1,8 +1,9 @@
-"""Evaluation folders: what they hold, what it comes to, and how two of them differ.
+"""Writes and reads evaluation folders, scores them, and compares two of them.
 
 A folder has `settings.json` (what its samples depend on), `problems/NAME.jsonl`,
 `samples/NAME.jsonl` (see `samples`) and `summary.json`. Scores need nothing else: no engine, no
-model, no benchmark file.
+model, no benchmark file. `sgopd evaluate` leaves one, and a training run one for each of its full
+evaluations, `RUN_DIR/evaluation/{start,final}`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sgopd.atomic_files import read_json_lines, write_json
+from megatron_sgopd.atomic_files import (
+    begin_folder,
+    finish_folder,
+    read_json_lines,
+    write_json,
+    write_json_lines,
+)
+from megatron_sgopd.config.evaluation import samples_per_problem
+from megatron_sgopd.config.schema import Config
 from megatron_sgopd.evaluation.accuracy import (
     Record,
     by_benchmark,
@@ -23,11 +32,20 @@ from megatron_sgopd.evaluation.accuracy import (
     problem_pass_rates,
     summarize_benchmarks,
 )
-from megatron_sgopd.evaluation.samples import GREEDY, Row, read_samples, records
+from megatron_sgopd.evaluation.benchmarks import Benchmark
+from megatron_sgopd.evaluation.samples import (
+    GREEDY,
+    Key,
+    Row,
+    merge_journals,
+    read_samples,
+    records,
+)
 from megatron_sgopd.verifier import VerifierPool
 
 Settings = dict[str, Any]
-TOLD = ("engine", "engine_version", "dtype", "seed")  # of which a comparison says that they differ
+SAID = ("engine", "engine_version", "dtype", "seed")  # of which a comparison says that they differ
+IDENTITY = ("name", "model", "verifier", *SAID, "sampling")  # of the settings, kept in the summary
 
 
 def read_settings(folder: Path) -> Settings:
@@ -38,11 +56,85 @@ def read_settings(folder: Path) -> Settings:
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder} holds no evaluation (no settings.json): give a folder that `sgopd evaluate` "
-            "left"
+            "left, or the folder of a training run that evaluated its student at the end"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     return settings
+
+
+def evaluation_folder(folder: Path) -> Path:
+    """Returns the folder itself, or of a training run that of its last evaluation."""
+    final = folder / "evaluation" / "final"
+    of_a_run = not (folder / "settings.json").is_file() and (final / "settings.json").is_file()
+    return final if of_a_run else folder
+
+
+def make_settings(
+    config: Config,
+    *,
+    model: Mapping[str, str],
+    stop_token_ids: Sequence[int],
+    benchmarks: Sequence[Benchmark],
+    engine_version: str | None,
+) -> Settings:
+    """Collects what the answers of an evaluation depend on.
+
+    Args:
+        model: `path` and `content`, something that changes with the weights.
+    """
+    e, data = config.evaluation, config.data
+    return {
+        "name": config.name,
+        "model": dict(model),
+        "engine": config.rollout.engine,
+        "engine_version": engine_version,
+        "dtype": config.model.dtype,
+        "seed": config.seed,
+        "verifier": config.verifier.name,
+        "sampling": {
+            "temperature": e.temperature,
+            "top_p": e.top_p,
+            "top_k": e.top_k,
+            "min_p": e.min_p,
+            "max_new_tokens": e.max_new_tokens,
+            "stop_token_ids": list(stop_token_ids),
+        },
+        "prompting": {
+            "chat_template": data.chat_template,
+            "chat_template_kwargs": data.chat_template_kwargs,
+            "system_prompt": data.system_prompt,
+            "prompt_suffix": data.prompt_suffix,
+        },
+        "scoring": {
+            "n": samples_per_problem(e),
+            "k": e.k,
+            "greedy": e.greedy,
+            "bootstrap_samples": e.bootstrap_samples,
+        },
+        "benchmarks": {b.name: {"file": b.file, **b.identity()} for b in benchmarks},
+    }
+
+
+def write_evaluation(
+    folder: Path,
+    settings: Settings,
+    benchmarks: Sequence[Benchmark],
+    rows: Mapping[str, Mapping[Key, Row]],
+) -> dict[str, Any]:
+    """Writes a finished evaluation, its folder whole or not at all; returns its summary.
+
+    Args:
+        rows: verified answers by benchmark.
+    """
+    temporary = begin_folder(folder)
+    write_json(temporary / "settings.json", settings)
+    for benchmark in benchmarks:
+        write_json_lines(problems_path(temporary, benchmark.name), benchmark.problems)
+        merge_journals(temporary, benchmark.name, benchmark.problems, rows[benchmark.name])
+    summary = score(temporary)
+    finish_folder(folder)
+    return summary
 
 
 def resumable(settings: Settings) -> dict[str, Any]:
@@ -139,7 +231,7 @@ def score(folder: Path) -> dict[str, Any]:
     settings = read_settings(folder)
     scoring = settings["scoring"]
     summary = {
-        **{key: settings[key] for key in ("name", "model", "verifier", *TOLD, "sampling")},
+        **{key: settings[key] for key in IDENTITY},
         **summarize_benchmarks(
             read_records(folder),
             scoring["k"],
@@ -157,6 +249,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     Raises:
         ValueError: an evaluation that is not finished, or what the two do not share.
     """
+    first, second = evaluation_folder(first), evaluation_folder(second)
     ours, theirs = read_settings(first), read_settings(second)
     if odd := changes(comparable(ours), comparable(theirs)):
         raise ValueError(
@@ -184,7 +277,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         "second": {"folder": str(second), "name": theirs["name"], "model": theirs["model"]},
         "k": scoring["k"],
         "num_samples": scoring["n"],
-        "notes": changes(*({key: s[key] for key in TOLD} for s in (ours, theirs))),
+        "notes": changes(*({key: s[key] for key in SAID} for s in (ours, theirs))),
         **differences(mine, other),
         "benchmarks": {
             name: differences(group, sets[name]) for name, group in by_benchmark(mine).items()
@@ -208,6 +301,3 @@ def _difference(
         "ci95": list(found.ci95),
         "separated": found.separated,
     }
-
-
-# -- tables ----------------------------------------------------------------------------------------

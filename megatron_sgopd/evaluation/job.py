@@ -30,6 +30,7 @@ from megatron_sgopd.evaluation.folder import (
     Settings,
     conflicts,
     label,
+    make_settings,
     problems_path,
     read_settings,
     score,
@@ -114,50 +115,16 @@ def prepare(config: Config) -> Plan:
         version = None if vllm.urls else installed_version(vllm.python)
         if not vllm.urls:
             check_version(version, vllm, vllm.python or "this environment")
-    settings = _settings(config, model, stops, benchmarks, version)
+    settings = make_settings(
+        config,
+        model={"path": str(model), "content": fingerprint(model)},
+        stop_token_ids=stops,
+        benchmarks=benchmarks,
+        engine_version=version,
+    )
     plan = Plan(config, model, hf_config, tokenizer, tuple(stops), benchmarks, settings)
     _check_same(plan)
     return plan
-
-
-def _settings(
-    config: Config,
-    model: Path,
-    stops: Any,
-    benchmarks: list[Benchmark],
-    engine_version: str | None,
-) -> Settings:
-    e, data = config.evaluation, config.data
-    return {
-        "name": config.name,
-        "model": {"path": str(model), "content": fingerprint(model)},
-        "engine": config.rollout.engine,
-        "engine_version": engine_version,
-        "dtype": config.model.dtype,
-        "seed": config.seed,
-        "verifier": config.verifier.name,
-        "sampling": {
-            "temperature": e.temperature,
-            "top_p": e.top_p,
-            "top_k": e.top_k,
-            "min_p": e.min_p,
-            "max_new_tokens": e.max_new_tokens,
-            "stop_token_ids": list(stops),
-        },
-        "prompting": {
-            "chat_template": data.chat_template,
-            "chat_template_kwargs": data.chat_template_kwargs,
-            "system_prompt": data.system_prompt,
-            "prompt_suffix": data.prompt_suffix,
-        },
-        "scoring": {
-            "n": samples_per_problem(e),
-            "k": e.k,
-            "greedy": e.greedy,
-            "bootstrap_samples": e.bootstrap_samples,
-        },
-        "benchmarks": {b.name: {"file": b.file, **b.identity()} for b in benchmarks},
-    }
 
 
 def _check_same(plan: Plan) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sgopd.atomic_files import read_json_lines, write_file
 from megatron_sgopd.evaluation.accuracy import paired_difference, summarize
+from megatron_sgopd.evaluation.folder import read_records
 from megatron_sgopd.evaluation.report_figures import COLOURS, PANELS, draw
 from megatron_sgopd.evaluation.tables import interval, percent
 
@@ -52,7 +53,7 @@ class RunFolder:
     name: str
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluation: list[dict[str, Any]] = field(default_factory=list)  # evaluation/final.jsonl
+    evaluation: list[dict[str, Any]] = field(default_factory=list)  # records of the last
     rollouts: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # by step
 
     @property
@@ -70,7 +71,7 @@ def read_run(directory: Path) -> RunFolder:
         name=directory.name,
         summary=json.loads(summary_path.read_text()) if summary_path.is_file() else {},
         metrics=list(read_json_lines(directory / "metrics.jsonl")),
-        evaluation=list(read_json_lines(directory / "evaluation" / "final.jsonl")),
+        evaluation=_last_evaluation(directory),
     )
     for path in sorted((directory / "rollouts").glob("step-*.jsonl")):
         run.rollouts[int(path.stem.removeprefix("step-"))] = list(read_json_lines(path))
@@ -114,6 +115,11 @@ def write_report(
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
     write_file(out_html, page)
+
+
+def _last_evaluation(directory: Path) -> list[dict[str, Any]]:
+    folder = directory / "evaluation" / "final"
+    return read_records(folder) if (folder / "settings.json").is_file() else []
 
 
 def _with_own_names(runs: Sequence[RunFolder]) -> list[RunFolder]:

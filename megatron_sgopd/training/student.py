@@ -59,6 +59,23 @@ class Student:
         finally:
             self.offloader.offload(self._optimizer_tensors())
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Takes gradients off the weights inside, as off a teacher's. Collective."""
+        overlapped = [c for c in self.ddp if c.ddp_config.overlap_param_gather]
+        for chunk in overlapped:  # its hooks insist on weights that are trained
+            chunk.disable_forward_pre_hook()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for chunk in overlapped:
+                chunk.enable_forward_pre_hook()
+
     def wait_for(self, parameter: Tensor) -> None:
         """Waits until an overlapped gather has brought a parameter that no module's call reads.
 

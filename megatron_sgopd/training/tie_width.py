@@ -8,8 +8,7 @@ batch shape that training uses. Methods without a gate have no use for it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -50,7 +49,7 @@ def measure_tie_width(
     )
     # Megatron multiplies with frozen weights by another routine, in another order of sums: scored
     # as weights that are trained, the student would agree with itself to the bit.
-    with _frozen_weights(copy):
+    with student.frozen():
         work = prepare(mirror, None, sample, objective, config.distill, student.groups).work
 
     def largest_gap(part: MicroBatch, result: LossResult) -> Tensor:
@@ -62,19 +61,6 @@ def measure_tie_width(
     largest = torch.stack([torch.zeros((), device=student.groups.device), *seen]).max()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return MARGIN * float(largest)
-
-
-@contextmanager
-def _frozen_weights(model: ShardedModel) -> Iterator[None]:
-    """Takes gradients off the weights inside."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 def enough_tokens(

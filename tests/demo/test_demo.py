@@ -123,7 +123,7 @@ def test_second_run_reuses_everything_and_says_so(
     [
         ("opd/hf/config.json", ["opd"], "config.json has changed"),
         ("sg_opd/phase.json", ["sg_opd"], "cannot be read"),
-        ("sg_opd/evaluation/final.jsonl", ["sg_opd"], "final.jsonl has changed"),
+        ("sg_opd/evaluation/final/samples/test.jsonl", ["sg_opd"], "test.jsonl has changed"),
     ],
 )
 def test_corrupt_results_are_made_again(

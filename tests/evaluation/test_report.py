@@ -151,7 +151,7 @@ def test_a_panel_without_values_is_left_out():
 
 
 @pytest.mark.parametrize(
-    "missing", ["summary.json", "metrics.jsonl", "evaluation/final.jsonl", "rollouts"]
+    "missing", ["summary.json", "metrics.jsonl", "evaluation/final", "rollouts"]
 )
 def test_a_folder_may_lack_any_part(missing: str, runs: dict[str, Path], tmp_path: Path):
     run = tmp_path / "partial"
@@ -180,5 +180,5 @@ def test_what_is_no_run_is_named(tmp_path: Path):
 
 def test_a_broken_line_is_named(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is not JSON"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not JSON"):
         read_run(tmp_path)

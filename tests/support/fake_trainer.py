@@ -53,7 +53,7 @@ def write_run(
     for folder in ("evaluation", "rollouts", "hf"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
     (run_dir / "hf" / "config.json").write_text("{}\n")
-    _write(run_dir / "evaluation" / "final.jsonl", [_record(p, accuracy, rng) for p in problems])
+    _write_evaluation(run_dir / "evaluation" / "final", problems, accuracy, rng)
     rows = [_metrics(step, method, accuracy, rng) for step in range(1, 31)]
     _write(run_dir / "metrics.jsonl", rows)
     if method != "sft":
@@ -66,20 +66,41 @@ def write_run(
     (run_dir / "summary.json").write_text(json.dumps(summary))
 
 
-def _record(problem: dict, accuracy: float, rng: random.Random) -> dict:
-    difficulty = rng.betavariate(4 * accuracy, 4 * (1 - accuracy))
-    marks = [rng.random() < difficulty for _ in range(SAMPLES)]
-    return {
-        "id": problem["id"],
-        "problem": problem["problem"],
-        "answer": problem["answer"],
-        "num_samples": SAMPLES,
-        "num_correct": sum(marks),
-        "is_correct": marks,
-        "greedy_is_correct": rng.random() < accuracy,
-        "completions": [problem["solution"]] * SAMPLES,
-        "greedy": problem["solution"],
+def _write_evaluation(
+    folder: Path, problems: list[dict], accuracy: float, rng: random.Random
+) -> None:
+    """An evaluation folder with one benchmark, "test"."""
+    for name in ("problems", "samples"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    keys = ("id", "problem", "answer")
+    _write(folder / "problems" / "test.jsonl", [{k: p[k] for k in keys} for p in problems])
+    rows = [row for problem in problems for row in _answers(problem, accuracy, rng)]
+    _write(folder / "samples" / "test.jsonl", rows)
+    settings = {
+        "name": "fake",
+        "model": {"path": str(folder), "content": "none"},
+        "verifier": "math_verify",
+        "scoring": {"n": SAMPLES, "k": SAMPLES, "greedy": True, "bootstrap_samples": 100},
+        "benchmarks": {"test": {"problems": "p", "prompts": "q"}},
     }
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "summary.json").write_text("{}")
+
+
+def _answers(problem: dict, accuracy: float, rng: random.Random) -> list[dict]:
+    difficulty = rng.betavariate(4 * accuracy, 4 * (1 - accuracy))
+    marks = [rng.random() < difficulty for _ in range(SAMPLES)] + [rng.random() < accuracy]
+    return [
+        {
+            "id": problem["id"],
+            "sample": sample,
+            "completion": problem["solution"],
+            "length": 5,
+            "finish_reason": "stop",
+            "is_correct": mark,
+        }
+        for sample, mark in zip([*range(SAMPLES), -1], marks, strict=True)
+    ]
 
 
 def _metrics(step: int, method: str, accuracy: float, rng: random.Random) -> dict:
