@@ -119,7 +119,7 @@ def _neighbour(path: Path, kind: str) -> Path:
 
 
 def check_replaceable(path: Path, ours: Sequence[str], mark: str) -> None:
-    """Whether `path` is free, empty, or a folder of ours with nothing else in it.
+    """Tells whether `path` is free, empty, or a folder of ours with nothing else in it.
 
     `ours`: patterns of the names that we write; `mark`: the one that only we write.
 

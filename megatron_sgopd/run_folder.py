@@ -94,7 +94,7 @@ def ask_to_stop(folder: Path) -> None:
 
 
 class StopRequest:
-    """Whether somebody asked for the end: SIGTERM or SIGUSR1 to this process, or FOLDER/STOP.
+    """Tells whether the end was asked for: SIGTERM or SIGUSR1 to this process, or FOLDER/STOP.
 
     `looks`: whether this rank looks for the file; one is enough.
     """

@@ -43,7 +43,7 @@ CHOICES = {
 
 
 class TokenLogprobs(Protocol):
-    """What a coefficient function may read of the models: [T] log-probs of the sampled tokens."""
+    """The models' log-probs [T] of the sampled tokens, as a coefficient function reads them."""
 
     @property
     def student_logprobs(self) -> Tensor: ...
@@ -55,7 +55,7 @@ class TokenLogprobs(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the rollouts say of each token, [T] each."""
+    """Describes what the rollouts say of each token, [T] each."""
 
     verifier_advantage: Tensor  # a1 of the token's rollout, float
     is_correct: Tensor  # bool
@@ -174,7 +174,7 @@ def candidate_lambda(
 
 @dataclass(frozen=True)
 class Method:
-    """How a method turns statistics and outcomes into coefficients.
+    """Describes how a method turns statistics and outcomes into coefficients.
 
     `token_local`: a token's coefficients depend on that token alone, so that the loss may ask about
     some tokens at a time. `summarize` (statistics, outcome) -> [k]: sums over a micro-batch, which

@@ -30,7 +30,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """What an engine is asked for: one completion of one prompt."""
+    """A question to an engine: one completion of one prompt."""
 
     prompt_token_ids: tuple[int, ...]
     seed: int
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine answers. The stop token, when one was sampled, is the last of `token_ids`.
+    """An engine's answer. The stop token, when one was sampled, is the last of `token_ids`.
 
     `logprobs[t]` is the engine's log-probability of `token_ids[t]` at the sampling temperature
     (at temperature 0: of the unscaled distribution).

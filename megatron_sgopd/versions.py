@@ -25,7 +25,7 @@ def installed(package: str) -> str | None:
 
 
 def is_tested(package: str, version: str) -> bool:
-    """Whether it is in the tested window; a local part (+cpu, +cu130) is another build of it."""
+    """Tells whether it is in the tested window; a local part (+cpu, +cu130) is another build."""
     return version.split("+")[0] in TESTED[package]
 
 

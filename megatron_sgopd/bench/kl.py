@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """Describes what the command line says."""
 
     json: Path | None = None
     small: bool = False

@@ -24,7 +24,7 @@ TIMEOUT = timedelta(minutes=5)  # of a collective whose other rank has failed
 
 
 class ChildFailed(RuntimeError):
-    """What went wrong in the child, its own traceback included."""
+    """An error in the child process, with its own traceback."""
 
 
 def isolated(function: Callable[[], Any]) -> Any:

@@ -46,7 +46,7 @@ SIZES = {22: Size(32, 16), 32_768: Size(16, 4)}  # by the vocabulary; a short ru
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """Describes what the command line says."""
 
     json: Path | None = None
     vocab: int = 22
@@ -56,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """What both trainers are told."""
+    """Describes what both trainers are told."""
 
     student: str
     teacher: str

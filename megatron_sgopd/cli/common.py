@@ -55,7 +55,7 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 @contextmanager
 def as_rank(folder: Path) -> Iterator[None]:
-    """Around all that a rank does; a failing import is a failure too. Errors go into `folder`."""
+    """Runs all that a rank does; a failing import is a failure too. Errors go into `folder`."""
     from megatron_sgopd.distributed.failure import die_with_parent, failing_together
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed takes its ranks with it

@@ -88,7 +88,7 @@ def _start_ranks(resolved: Config, arguments: argparse.Namespace) -> int:
 
 
 def _check_on_rank(config: Config, result: str | None) -> int:
-    """With `result` the verdict goes into that file, and the rank itself ends well."""
+    """Checks the layout; with `result` the verdict goes into that file and the rank ends well."""
     with as_rank(Path(result).parent if result else Path(tempfile.gettempdir())):
         from megatron_sgopd.preflight.layout_check import check_parallel
 

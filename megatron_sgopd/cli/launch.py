@@ -85,7 +85,7 @@ def launch(arguments: argparse.Namespace) -> int:
 
 
 def chosen_executor(arguments: argparse.Namespace) -> Executor:
-    """Of the file, with what the command line says otherwise."""
+    """Returns the file's executor, with what the command line says otherwise."""
     known = find_executors(arguments.executors, os.environ)
     if arguments.executor not in known:
         raise ConfigError(

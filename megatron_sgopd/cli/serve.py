@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Until it ends or is ended (Ctrl-C, SIGTERM, SIGUSR1); for rollout.vllm.urls of a trainer."""
+    """Serves until it ends or is ended (Ctrl-C, SIGTERM, SIGUSR1), for a trainer's vllm.urls."""
     config = resolve(load_config(arguments.recipe, [*arguments.overrides, "rollout.engine=vllm"]))
     role = "teacher" if arguments.teacher else "student"
     path = getattr(config.model, role).hf_path

@@ -44,7 +44,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def is_finished(config: Config, run_dir: Path) -> bool:
-    """Whether the run directory holds this very run, done (measured gate.eps, servers aside)."""
+    """Tells whether the folder holds this very run, done (measured gate.eps and servers aside)."""
     status, written = run_dir / "status", run_dir / "config.yaml"
     if not (status.is_file() and written.is_file() and (run_dir / "summary.json").is_file()):
         return False

@@ -57,7 +57,7 @@ TABLE_HEAD = (
 
 @dataclass(frozen=True)
 class Text:
-    """What the schema says of one field or section."""
+    """Describes what the schema says of one field or section."""
 
     meaning: str
     restriction: str = ""

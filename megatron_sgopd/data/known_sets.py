@@ -19,7 +19,7 @@ from megatron_sgopd.data.rows import BadRow, Row, id_field, number_field, read_r
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where a set's fields are and what is done to its rows."""
+    """Describes where a set's fields are and what is done to its rows."""
 
     name: str  # short, also the `source` of its problems and what their ids begin with
     problem: str
@@ -85,7 +85,7 @@ class Entry:
     where: str = field(default="", compare=False)
 
     def record(self) -> dict[str, str | float]:
-        """What `problems.load_problems` reads."""
+        """Returns what `problems.load_problems` reads."""
         known = {} if self.difficulty is None else {"difficulty": self.difficulty}
         return (
             {"id": self.id, "problem": self.problem, "answer": self.answer}

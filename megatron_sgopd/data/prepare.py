@@ -39,7 +39,7 @@ Bar = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what is done
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done; every field but the last two can change the outcome."""
+    """Describes what is to be done; every field but the last two can change the outcome."""
 
     prompt_set: PromptSet
     paths: Sequence[str]  # files, folders or hub names

@@ -49,7 +49,7 @@ def compare(
 
 
 def readings(comparison: Mapping[str, Any]) -> list[str]:
-    """What the figures say, a sentence each, with their intervals and their limits."""
+    """Returns what the figures say, a sentence each, with their intervals and their limits."""
     arms, before = comparison["arms"], comparison["student"]
     sentences = []
     for name, arm in arms.items():

@@ -45,7 +45,7 @@ class TrainingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Options:
-    """What `make demo` passes on."""
+    """Describes what `make demo` passes on."""
 
     arms: tuple[str, ...]
     seed: int = 42
@@ -104,14 +104,14 @@ def run_demo(options: Options) -> dict[str, Any]:
 
 
 def world_key(options: Options) -> str:
-    """What the world is made from: seed, level, sizes and the source that draws it."""
+    """Returns what the world is made from: seed, level, sizes and the source that draws it."""
     here = Path(__file__).parent
     source = {name: (here / name).read_text() for name in ("world.py", "models.py")}
     return phases.content_key({**_world_of(options), "sizes": asdict(sizes_of(options)), **source})
 
 
 def training_key(options: Options, plan: Training) -> str:
-    """What a run is made from; the phases it reads from must be finished."""
+    """Returns what a run is made from; the phases it reads from must be finished."""
     return phases.content_key(
         {
             "recipe": plan.recipe.read_text(),

@@ -53,7 +53,7 @@ def file_hashes(directory: Path) -> dict[str, str]:
 
 
 def reusable(directory: Path, key: str) -> tuple[bool, str]:
-    """Whether the folder holds a finished result of these inputs, and if not, why not.
+    """Tells whether the folder holds a finished result of these inputs, and if not, why not.
 
     The reason is empty where nothing was there to reuse.
     """
@@ -77,7 +77,7 @@ def reusable(directory: Path, key: str) -> tuple[bool, str]:
 
 
 def results_key(directory: Path) -> str:
-    """What later phases read of a finished phase: its `hf/` folder, or all of it where it has none.
+    """Returns what later phases read of a finished phase: its `hf/` folder, or all of it.
 
     Logs and timings of a run done again do not count, its weights do.
     """
@@ -87,7 +87,7 @@ def results_key(directory: Path) -> str:
 
 
 def seconds_of(directory: Path) -> float:
-    """How long the finished phase took when it ran."""
+    """Returns how long the finished phase took when it ran."""
     return float(json.loads((directory / MARKER).read_text())["seconds"])
 
 

@@ -28,7 +28,7 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class Level:
-    """How hard the problems are: the number of operations is uniform in the closed range."""
+    """Describes how hard the problems are: operations are uniform in the closed range."""
 
     min_operations: int
     max_operations: int

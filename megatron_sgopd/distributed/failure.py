@@ -45,7 +45,7 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 @contextmanager
 def failing_together(run_dir: Path, rank: int) -> Iterator[None]:
-    """Around everything a rank does; on an exception the process ends with exit code 1."""
+    """Runs everything that a rank does; an exception ends the process with exit code 1."""
     try:
         yield
     except BaseException as error:
@@ -110,7 +110,7 @@ def first_error(run_dir: Path) -> dict[str, Any] | None:
 
 
 def account(run_dir: Path, record: dict[str, Any]) -> str:
-    """What to print last after a failure."""
+    """Returns what to print last after a failure."""
     return (
         f"rank {record['rank']} failed: {record['type']}: {record['message']}\n"
         f"(its traceback is above and in {error_file(run_dir, record['rank'])})"

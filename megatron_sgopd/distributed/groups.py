@@ -77,12 +77,12 @@ class Groups:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the LM head and computes the loss."""
+        """Tells whether this rank holds the LM head and computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether this rank speaks for its tokens: one of those that compute the same loss."""
+        """Tells whether this rank counts its tokens: one of those that compute the same loss."""
         return self.is_last_stage and self.tp_rank == 0
 
 
@@ -290,7 +290,7 @@ def from_first_rank(value: Any) -> Any:
 
 
 def any_rank(flag: bool, groups: Groups, *, of_replica: bool = False) -> bool:
-    """Whether it is true on any rank of the job, or of the replica. Collective."""
+    """Tells whether it is true on any rank of the job, or of the replica. Collective."""
     asked = torch.tensor(int(flag), device=groups.device)
     dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=groups.replica_group if of_replica else None)
     return bool(asked)

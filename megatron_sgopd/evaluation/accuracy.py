@@ -28,7 +28,7 @@ class Difference:
 
     @property
     def separated(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Tells whether the interval leaves zero out."""
         return self.ci95[0] > 0 or self.ci95[1] < 0
 
 
@@ -171,7 +171,7 @@ def summarize(
     bootstrap_samples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What an evaluation comes to; of several benchmarks the mean over them, each of one weight.
+    """Returns what an evaluation comes to; of several benchmarks their mean, each of one weight.
 
     `avg_at_k` over all samples with its `ci95`, `pass_at_k` with its `pass_ci95` (the unbiased
     estimator, for `k` up to the samples per problem, which it is by default), `num_samples` per

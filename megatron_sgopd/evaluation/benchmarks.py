@@ -28,7 +28,7 @@ class Benchmark:
         return [{"id": p.id, "problem": p.text, "answer": p.answer} for p in self.prompts]
 
     def identity(self) -> dict[str, str]:
-        """What two evaluations must share: `problems`; and the token ids on top: `prompts`."""
+        """Returns what two evaluations must share: `problems`, and with token ids `prompts`."""
         return {
             "problems": _digest(self.problems),
             "prompts": _digest([p.token_ids for p in self.prompts]),

@@ -138,7 +138,7 @@ def write_evaluation(
 
 
 def resumable(settings: Settings) -> dict[str, Any]:
-    """What the samples of an evaluation depend on: all this must be the same to go on with it."""
+    """Returns what samples depend on: all of it must be the same to go on with an evaluation."""
     kept = {key: settings[key] for key in ("engine", "dtype", "seed", "verifier")}
     model = {"the model's content": settings["model"]["content"]}
     sets = settings.get("others", {}) | settings["benchmarks"]
@@ -157,7 +157,7 @@ def conflicts(there: Settings, now: Settings) -> list[str]:
 
 
 def comparable(settings: Settings) -> dict[str, Any]:
-    """What the evaluations of two models must share to be compared."""
+    """Returns what the evaluations of two models must share to be compared."""
     kept = {"verifier": settings["verifier"]}
     kept |= {key: settings["scoring"][key] for key in ("n", "k")}
     kept |= _under(settings, "sampling", "prompting")
@@ -171,7 +171,7 @@ def _under(settings: Settings, *sections: str) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, a phrase each."""
+    """Returns what differs, a phrase each."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         if key not in before or key not in now:

@@ -162,7 +162,7 @@ def main(config: Config) -> None:
 
 
 def score_again(plan: Plan) -> bool:
-    """Where no answer is missing: labels and scores without an engine; whether it was so."""
+    """Labels and scores without an engine if no answer is missing; returns whether it was so."""
     if not (plan.folder / "settings.json").is_file() or plan.missing():
         return False
     with locked(plan.folder):

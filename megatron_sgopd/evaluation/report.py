@@ -48,7 +48,7 @@ details { margin-top: 10px; } summary { cursor: pointer; font-weight: 600; }
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has left, as far as it is there."""
+    """Describes what a run has left, as far as it is there."""
 
     name: str
     summary: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def is_distillation(self) -> bool:
-        """Whether the student sampled: supervised runs have no rollout curves."""
+        """Tells whether the student sampled: supervised runs have no rollout curves."""
         return any("rollout/accuracy" in row for row in self.metrics)
 
 

@@ -88,7 +88,7 @@ def journal_path(folder: Path, benchmark: str, rank: int) -> Path:
 
 
 def _journals(folder: Path, benchmark: str) -> list[Path]:
-    """Of all ranks: five digits and no more, since aime.24 may be a benchmark beside aime."""
+    """Lists all ranks' journals: five digits, since aime.24 may be a benchmark beside aime."""
     return sorted((folder / "journals").glob(f"{benchmark}.{'[0-9]' * 5}.jsonl"))
 
 

@@ -55,7 +55,7 @@ class Placement:
 
     @property
     def overrides(self) -> list[str]:
-        """What the trainers' command line needs beside the user's."""
+        """Returns what the trainers' command line needs beside the user's."""
         told = {
             "rollout.vllm.urls": self.student.urls(self.engines),
             "rollout.vllm.teacher.urls": self.teacher.urls(self.engines),
@@ -63,7 +63,7 @@ class Placement:
         return [f"{key}=[{','.join(urls)}]" for key, urls in told.items() if urls]
 
     def ports_of(self, node: str) -> Iterator[int]:
-        """That this job listens on there."""
+        """Yields the ports that this job listens on there."""
         if node == self.trainers[0]:
             yield self.port
         if node in self.engines:

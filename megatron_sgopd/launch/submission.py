@@ -38,7 +38,7 @@ KEYS = {  # of mappings: what they look like
 
 @dataclass(frozen=True)
 class Executor:
-    """Where runs go; None: as the batch script's #SBATCH lines have it, or else the site."""
+    """Describes where runs go; None: as the batch script's #SBATCH lines say, or else the site."""
 
     kind: str = "slurm"
     account: str | None = None
@@ -138,7 +138,7 @@ def _count(text: str, where: str) -> int:
 
 
 def changed(executor: Executor, settings: Mapping[str, Any]) -> Executor:
-    """With the command line's settings, where given; `env`, `mounts` and `options` are added."""
+    """Applies the command line's settings; `env`, `mounts` and `options` are added."""
     given = {key: value for key, value in settings.items() if value not in (None, [])}
     if executor.kind == "local" and (other := sorted(given.keys() - {"env"})):
         raise ConfigError(f"a local run takes no {' or '.join(other)}: another --executor does")
@@ -217,7 +217,7 @@ def parse_sweep(text: str) -> tuple[str, list[str]]:
 
 
 def _word(text: str) -> str:
-    """As names of runs are written: 1.5 is 1p5."""
+    """Writes a value as names of runs have it: 1.5 is 1p5."""
     return re.sub(r"[^\w+-]+", "_", re.sub(r"(?<=\d)\.(?=\d)", "p", text)).strip("_")
 
 
@@ -257,7 +257,7 @@ def local_command(run: Run, root: Path, environment: Mapping[str, str]) -> str:
 def batch_commands(
     run: Run, root: Path, image: str | None, mounts: Sequence[str], env: Mapping[str, str]
 ) -> str:
-    """What a batch job does: it becomes the batch script, in the project's folder."""
+    """Returns what a batch job does: it becomes the batch script, in the project's folder."""
     variables = {"SGOPD_ROOT": str(root)}
     if image:
         variables["SGOPD_CONTAINER"] = image

@@ -45,7 +45,7 @@ class Stored:
 
     @property
     def run_dir(self) -> Path | None:
-        """Of the run that wrote it."""
+        """Returns the folder of the run that wrote it."""
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else None
 
 

@@ -81,7 +81,7 @@ class ToMegatron(Job):
         return origin_of(self.name, Path(self.hf))
 
     def done(self) -> str:
-        """What a person wants to know in the end."""
+        """Says what a person wants to know in the end."""
         count, dtype = len(hf_shapes(self.hf_config)), str(self.target_dtype)
         return f"{count} tensors of {self.name}, {dtype.removeprefix('torch.')}"
 
@@ -136,7 +136,7 @@ class ToHf(Job):
         return _missing_tokenizer(self.stored.companions)
 
     def done(self) -> str:
-        """What a person wants to know in the end."""
+        """Says what a person wants to know in the end."""
         step = "" if self.stored.step is None else f" (step {self.stored.step})"
         return f"{len(hf_shapes(self.hf_config))} tensors of {self.stored.path}{step}"
 
@@ -161,7 +161,7 @@ def card_texts(stored: Stored) -> dict[str, str]:
 
 
 def _check_shapes(stored: Stored, hf_config: Any) -> None:
-    """Whether the weights are those of the config that lies beside them."""
+    """Checks that the weights are those of the config that lies beside them."""
     vocabulary = {n for n in hf_shapes(hf_config) if n in (EMBEDDING, HEAD)}
     body = sum(prod(s) for n, s in hf_shapes(hf_config).items() if n not in vocabulary)
     padded = {n: s for n, s in stored.shapes.items() if n in MEGATRON_VOCABULARY}

@@ -119,7 +119,7 @@ class _Reader:
         self._rows = -(-model.true_vocab_size // multiple) * multiple
 
     def piece(self, item: WriteItem) -> Tensor:
-        """What a checkpoint's entry holds: a box of the parameter of all ranks together.
+        """Reads what a checkpoint's entry holds: a box of the parameter of all ranks together.
 
         Layers are stacked: the first coordinate of theirs is the layer.
         """

@@ -145,7 +145,7 @@ def tied_pair(hf_config: Any) -> tuple[str, str] | None:
 
 
 def check_layout(hf_config: Any, tensor_parallel: int, stages: int) -> None:
-    """Whether the model can be cut so.
+    """Checks that the model can be cut so.
 
     Raises:
         ValueError: naming the size that cannot be shared out.

@@ -36,7 +36,7 @@ class DistillationGPTModel(GPTModel):
 
     @contextmanager
     def returning_hidden_states(self) -> Iterator[None]:
-        """Inside, forward on the last stage returns the states before the output layer.
+        """Makes forward on the last stage return the states before the output layer.
 
         [L, R, D], after the final norm; sequence shards [L / TP, R, D] under sequence parallelism.
         """
@@ -60,7 +60,7 @@ class DistillationGPTModel(GPTModel):
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """What this rank holds of a model under a layout: one chunk, or several interleaved ones."""
+    """Holds this rank's part of a model under a layout: one chunk, or several interleaved ones."""
 
     chunks: tuple[DistillationGPTModel, ...]
     groups: Groups
@@ -69,7 +69,7 @@ class ShardedModel:
 
     @property
     def last_chunk(self) -> DistillationGPTModel:
-        """On the last pipeline stage: the chunk with final norm and LM head."""
+        """Returns the last pipeline stage's chunk, with final norm and LM head."""
         return self.chunks[-1]
 
     @property
@@ -243,7 +243,7 @@ class _LayerLayout(PipelineParallelLayerLayout):
 
 
 def _layer_layout(num_layers: int, groups: Groups) -> _LayerLayout | None:
-    """Which layers lie on which stage, where they cannot be shared out equally."""
+    """Lists which layers lie on which stage, where they cannot be shared out equally."""
     stages = groups.pp_size * (groups.config.virtual_pipeline_model_parallel_size or 1)
     if num_layers % stages == 0:
         return None

@@ -67,7 +67,7 @@ def read_hf_config(path: Path) -> Any:
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Whether a vocabulary is there; tokenizer_config.json alone is none."""
+    """Tells whether a vocabulary is there; tokenizer_config.json alone is none."""
     vocabularies = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
     return any(file.is_file() for pattern in vocabularies for file in path.glob(pattern))
 

@@ -80,7 +80,7 @@ class StoredWeights:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of all tensors.
+        """Returns the one type of all tensors.
 
         Raises:
             ValueError: a type that no model here has, or several of them.
@@ -97,7 +97,7 @@ class StoredWeights:
     def check(
         self, shapes: Mapping[str, tuple[int, ...]], tied: tuple[str, str] | None = None
     ) -> None:
-        """Whether exactly these tensors are there.
+        """Checks that exactly these tensors are there.
 
         `tied`: (head, embedding) of a tied model, whose head some writers store a second time.
 

@@ -92,7 +92,7 @@ def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
 def _plan(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
 ) -> dict[str, Place]:
-    """Where every tensor goes; writes headers and index. A larger tensor has a shard of its own."""
+    """Plans where tensors go; writes headers and index. A larger tensor has its own shard."""
     sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     filled = 0

@@ -45,7 +45,7 @@ class RMSNorm(torch.nn.Module):
 def block_spec(
     num_layers: int, transformer_impl: str, *, qk_norm: bool
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """What GPTModel takes as `transformer_layer_spec`; `qk_norm` as Qwen3 has it.
+    """Makes GPTModel's `transformer_layer_spec`; `qk_norm` as Qwen3 has it.
 
     Raises:
         ValueError: `transformer_engine` is asked for and cannot be imported.

@@ -26,7 +26,7 @@ RESULTS = {  # of summary.json: fractions
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from; kept in sgopd.json beside it."""
+    """Describes where a model comes from; kept in sgopd.json beside it."""
 
     name: str = ""  # of its directory, or the hub name
     base_model: str | None = None  # a hub name
@@ -34,7 +34,7 @@ class Origin:
 
 
 def origin_of(name: str, directory: Path) -> Origin:
-    """Of a model that was asked for by this name and lies in this directory."""
+    """Reads the origin of a model that was asked for by this name and lies in this directory."""
     if (directory / ORIGIN_FILE).is_file():  # an export of ours keeps its origin
         kept = json.loads((directory / ORIGIN_FILE).read_text(encoding="utf-8"))
         return Origin(kept.get("name", ""), kept.get("base_model"), kept.get("licence", {}))

@@ -40,7 +40,7 @@ TOLERANCE = 1e-5  # fp32: of the loss, and of max|d| / max|ref| per parameter
 
 @dataclass(frozen=True)
 class Report:
-    """What came out of the comparison; errors are max|d| / max|ref|."""
+    """Describes what came out of the comparison; errors are max|d| / max|ref|."""
 
     layout: str
     models: str
@@ -234,7 +234,7 @@ def full_gradients(student: Student) -> dict[str, Tensor]:
 
 
 def _gather_gradient_shards(ddp: Any) -> None:
-    """After a reduce-scatter each data parallel rank has its share of a bucket summed up."""
+    """Gathers gradients of which each data parallel rank has its share of a bucket summed up."""
     group = ddp.intra_dp_cp_group
     for buffer in ddp.buffers:
         for bucket in buffer.buckets:

@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Described:
-    """What a directory says of a model beside its weights."""
+    """Describes what a directory says of a model beside its weights."""
 
     role: str
     path: Path
@@ -199,7 +199,7 @@ def _dtype(model: Described, wanted: str) -> Iterator[Finding]:
 
 
 def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
-    """What decides which ids a text becomes; truncation, padding and decoding do not."""
+    """Returns what decides which ids a text becomes; truncation, padding and decoding do not."""
     parts: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -381,7 +381,7 @@ def _tail(prompt: str) -> str:
 
 
 def _begin(model: Described, prompt: str) -> Iterator[Finding]:
-    """Whether the model expects a BOS that the prompts lack."""
+    """Tells whether the model expects a BOS that the prompts lack."""
     bos = model.tokenizer.bos_token
     if bos is None or prompt.startswith(bos):
         return

@@ -63,7 +63,7 @@ def check_recipe(config: Config) -> list[Finding]:
 
 
 def check_models(config: Config) -> list[Finding]:
-    """Whether the models that the recipe needs agree with it and with each other."""
+    """Checks that the models that the recipe needs agree with it and with each other."""
     return list(_caught("models", _models, config))
 
 
@@ -90,7 +90,7 @@ def require_agreement(config: Config, run_dir: Path) -> None:
 def _caught(
     about: str, check: Callable[..., Iterator[Finding]], *arguments: Any
 ) -> Iterator[Finding]:
-    """What a check finds; what keeps it from going on is an error."""
+    """Yields what a check finds; what keeps it from going on is an error."""
     try:
         yield from check(*arguments)
     except ValueError as error:

@@ -108,7 +108,7 @@ def mix_teacher_rollouts(
 
 
 def _accuracy_bin(accuracy: float) -> str:
-    """Where the student stands on the prompt: none of its rollouts right, some, all."""
+    """Tells where the student stands on the prompt: none of its rollouts right, some, all."""
     return "none" if accuracy == 0 else "all" if accuracy == 1 else "some"
 
 

@@ -33,7 +33,7 @@ class Decoder(Protocol):
     tied: dict[str, Tensor]
 
     def new_cache(self) -> Any:
-        """For one batch; `batch_select_indices` of it selects rows."""
+        """Makes a cache for one batch; its `batch_select_indices` selects rows."""
         ...
 
     def logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
@@ -188,7 +188,7 @@ class FamilyDecoder:
 
 
 def _inverse_frequencies(hf_config: Any, device: torch.device) -> Tensor:
-    """Of the rotary embedding, [d / 2] in float32: rounded, they would turn far positions."""
+    """Computes the rotary embedding's, [d / 2] in float32: rounded, far positions are wrong."""
     rope = hf_config.rope_parameters
     if rope.get("rope_type", "default") == "llama3":
         frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](hf_config, device)

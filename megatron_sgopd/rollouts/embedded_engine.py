@@ -84,7 +84,7 @@ class EmbeddedEngine:
         self.policy_version = policy_version
 
     def _problem(self, name: str, tensor: Tensor, waiting: set[str]) -> str:
-        """What is wrong with a weight of the stream; empty if nothing."""
+        """Says what is wrong with a weight of the stream; empty if nothing."""
         parameter = self._parameters.get(name, self._tied.get(name))
         if parameter is None:
             return f"the engine's model has no weight {name!r}"

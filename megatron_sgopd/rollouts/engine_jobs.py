@@ -25,7 +25,7 @@ class Jobs(Protocol):
     def result(self) -> Any: ...
 
     def set_result(self, result: Any) -> None:
-        """What the next `result` gives, in place of a job begun."""
+        """Sets what the next `result` gives, in place of a job begun."""
         ...
 
     def wait_until_idle(self) -> None:
@@ -48,7 +48,7 @@ def make_jobs(
 
 
 class OnEveryRank:
-    """For an embedded engine: a job begins when its result is asked for."""
+    """Runs jobs of an embedded engine: each begins when its result is asked for."""
 
     def __init__(self) -> None:
         self._job: Callable[[], Any] | None = None
@@ -72,7 +72,7 @@ class OnEveryRank:
 
 
 class OnFirstRank:
-    """For engines behind HTTP. `engines` are those that a job may ask."""
+    """Runs jobs of engines behind HTTP. `engines` are those that a job may ask."""
 
     def __init__(
         self, groups: Groups, engines: Callable[[], Sequence[Engine]], max_restarts: int

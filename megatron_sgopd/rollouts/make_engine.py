@@ -105,7 +105,7 @@ def make_engine(
 
 
 def _starting(config: Config, groups: Groups) -> Progress:
-    """What a person sees while servers start: a line now and then; and heeds RUN_DIR/STOP."""
+    """Makes what a person sees while servers start: a line now and then; it heeds RUN_DIR/STOP."""
     shown: dict[str, float] = {}
     stop = Path(config.logging.run_dir or "") / "STOP"
 
@@ -191,7 +191,7 @@ def _remotes(
 
 
 def url_from_here(host: str, url: str, bound_to: str) -> str | None:
-    """How this node reaches the server that `host` ("": any node) has at `url`; None: not at all.
+    """Returns how this node reaches the server that `host` ("": any) has at `url`; None: not.
 
     `bound_to`: rollout.vllm.host, one address or every address of its node.
     """
@@ -242,7 +242,7 @@ def _wait_ready(remote: Remote, progress: Progress) -> None:
 
 
 def _check(remotes: list[Remote], config: Config, hf_config: Any, role: str) -> dict[str, Any]:
-    """That every engine can serve this recipe; a description of one."""
+    """Checks that every engine can serve this recipe; returns a description of one."""
     described: dict[str, Any] = {}
     for remote in remotes:
         if remote.sender is None:

@@ -25,7 +25,7 @@ class TeacherPool:
     every_rank_asks, awaits_weights = True, False
 
     def __init__(self, completions: dict[tuple[int, ...], list[tuple[int, ...] | None]]) -> None:
-        """By prompt token ids, with the end-of-sequence token; None is a wrong one."""
+        """Takes completions by prompt token ids, with the end token; None is a wrong one."""
         self._completions = completions
 
     @classmethod

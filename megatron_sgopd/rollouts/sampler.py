@@ -26,7 +26,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Sampler:
-    """What it takes to make rollouts on this replica; `verifier` is used by its first rank only."""
+    """Makes rollouts on this replica; `verifier` is used by its first rank only."""
 
     config: Config
     groups: Groups

@@ -29,7 +29,7 @@ from megatron_sgopd.training.student import Student
 
 @dataclass
 class TrainState:
-    """Where a run stands. Prompts, seeds and phases are functions of (seed, step)."""
+    """Describes where a run stands. Prompts, seeds and phases are functions of (seed, step)."""
 
     step: int = 0  # optimizer steps done
     policy_version: int = 0
@@ -47,7 +47,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 @dataclass(frozen=True)
 class Companions:
-    """What makes a checkpoint self-contained."""
+    """The files that make a checkpoint self-contained."""
 
     source: Path  # a Hugging Face directory: config, tokenizer
     texts: Mapping[str, str]  # other files, by name

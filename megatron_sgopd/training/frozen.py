@@ -37,7 +37,7 @@ BLOCK = 4  # micro-batches a copy's stages hold at once before they are handed o
 
 @dataclass(frozen=True)
 class FrozenScores:
-    """What the loss gets of one micro-batch: log-probs [T], or hidden states and head rows."""
+    """Holds a micro-batch's log-probs [T], or its hidden states and head rows, for the loss."""
 
     logprobs: Tensor | None = None
     states: StoredStates | None = None
@@ -75,7 +75,7 @@ class Frozen:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Inside, the weights are on the device; outside only where they are not offloaded."""
+        """Brings the weights to the device inside, where they are offloaded."""
         if not self.offload:
             yield
             return
@@ -102,7 +102,7 @@ class Frozen:
     def _score_beside_the_student(
         self, batches: Sequence[MicroBatch], objective: Objective, store: HiddenStates
     ) -> list[FrozenScores | None]:
-        """In the student's own layout: each rank scores its part, and keeps it."""
+        """Scores in the student's own layout: each rank scores its part, and keeps it."""
         groups = self.student
         parts = [b.context_shard(groups.cp_rank, groups.cp_size) for b in batches]
 
@@ -133,7 +133,7 @@ class Frozen:
     def _score_apart(
         self, batches: Sequence[MicroBatch], objective: Objective, store: HiddenStates
     ) -> list[FrozenScores | None]:
-        """In a layout of its own: copies share the micro-batches out, then tell the student."""
+        """Scores in a layout of its own: copies share the micro-batches, then broadcast scores."""
         mine = self.model.groups
         if objective.estimator == "full_vocab":
             _ = self.student_head  # collective: all ranks at once
@@ -157,7 +157,7 @@ class Frozen:
         return scores
 
     def _broadcasts(self, index: int) -> bool:
-        """Whether this rank tells the student of a block's micro-batch."""
+        """Tells whether this rank broadcasts the scores of a block's micro-batch."""
         groups = self.model.groups
         return groups.counts_tokens and index % groups.num_copies == groups.copy
 

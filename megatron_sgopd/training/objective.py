@@ -33,7 +33,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Objective:
-    """What the recipe asks of each token."""
+    """Describes what the recipe asks of each token."""
 
     method: str
     options: sgopd.MethodOptions
@@ -100,7 +100,7 @@ class Objective:
 
     @property
     def is_gated(self) -> bool:
-        """Whether coefficients depend on the sign of T - S, so that ties must be known."""
+        """Tells whether coefficients depend on the sign of T - S, so that ties must be known."""
         return self.method in sgopd.GATED
 
     @property
@@ -161,7 +161,7 @@ class Objective:
 
 
 def outcome_of(micro_batch: MicroBatch) -> sgopd.Outcome:
-    """What the rollouts say of each token, flattened to [T]."""
+    """Returns what the rollouts say of each token, flattened to [T]."""
     imitated = micro_batch.is_imitated.flatten()
     return sgopd.Outcome(
         verifier_advantage=micro_batch.verifier_advantage.flatten(),

@@ -66,7 +66,7 @@ class MicroBatch:
 
 
 def context_columns(length: int, cu_seqlens: Sequence[int] | None, rank: int, size: int) -> Tensor:
-    """Which of `length` columns a context parallel rank holds, in its order (zigzag)."""
+    """Returns which of `length` columns a context parallel rank holds, in its order (zigzag)."""
     pieces = []
     for begin, end in pairwise(cu_seqlens or (0, length)):
         chunk = (end - begin) // (2 * size)
@@ -95,7 +95,7 @@ def token_scales(
     num_tokens: int,
     mask_truncated: bool,
 ) -> list[float]:
-    """What one loss token of each rollout weighs in the step's loss.
+    """Returns what one loss token of each rollout weighs in the step's loss.
 
     `seq_mean_token_mean`: 1 / (B |y_i|); `token_mean`: 1 / sum |y_i|. B (`num_sequences`) and
     `num_tokens` are those of the whole optimizer step over all replicas; an empty or wholly masked

@@ -209,7 +209,7 @@ def run_schedule(
     forward_only: bool = False,
     sums: Tensor | None = None,
 ) -> list[Any]:
-    """What `observe` makes of each micro-batch's result, on the last stage; [] elsewhere.
+    """Returns what `observe` makes of each micro-batch's result, on the last stage; [] elsewhere.
 
     The last stage hands over hidden states and the loss projects them itself, chunk by chunk, so
     that a micro-batch's logits never exist as a whole and masked tokens never meet the head. With

@@ -49,7 +49,7 @@ class Student:
 
     @contextmanager
     def optimizer_on_device(self) -> Iterator[None]:
-        """Inside, the optimizer's state is on the device; outside only if it is not offloaded."""
+        """Brings the optimizer's state to the device inside, where it is offloaded."""
         if self.offloader is None:
             yield
             return

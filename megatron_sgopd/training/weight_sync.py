@@ -173,7 +173,7 @@ def _rollout(prompt: Sequence[int], completion: Sequence[int]) -> Rollout:
 
 
 def _place(input_ids: Tensor, rollouts: Sequence[Rollout]) -> int:
-    """Which probe a micro-batch holds; those that only fill a schedule up come last."""
+    """Tells which probe a micro-batch holds; those that only fill a schedule up come last."""
     row = tuple(input_ids[0].tolist())
     for index, rollout in enumerate(rollouts):
         if row[: len(rollout.prompt.token_ids)] == rollout.prompt.token_ids:

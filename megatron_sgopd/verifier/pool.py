@@ -310,7 +310,7 @@ class _Server:
         self._socket.sendall(line)
 
     def wait_ready(self) -> None:
-        """Until the verifier is imported. Raises ValueError when it cannot be."""
+        """Waits until the verifier is imported. Raises ValueError when it cannot be."""
         while not self._ready:
             early = self.receive()
             assert not early, "a verdict came before its task"

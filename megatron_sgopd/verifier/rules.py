@@ -146,7 +146,7 @@ def _groups_equal(given: _Group, wanted: _Group, leaf: Leaf, depth: int) -> bool
 
 
 def _same_items(given: list[str], wanted: list[str], leaf: Leaf, depth: int) -> bool:
-    """Whether two collections hold the same items in any order, repetitions aside."""
+    """Tells whether two collections hold the same items in any order, repetitions aside."""
     left = list({compact(item): item for item in given}.values())
     right = list({compact(item): item for item in wanted}.values())
     if len(left) != len(right) or len(left) > _MAX_ITEMS:

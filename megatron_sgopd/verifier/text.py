@@ -93,7 +93,7 @@ _TRANSLATION = str.maketrans(_UNICODE)
 
 
 def extract_boxed(text: str) -> tuple[str | None, str]:
-    r"""What stands in the last ``\boxed{…}`` of `text`, and why not when there is none.
+    r"""Returns what stands in the last ``\boxed{…}`` of `text`, and why not when there is none.
 
     Only the last ``\boxed`` counts. One that is not followed by a brace (``\boxed 5``), or whose
     brace is never closed, is no box, and an earlier one does not stand in for it.
@@ -249,7 +249,7 @@ _CLOSING = frozenset(("}", ")", "]", "\\}", "\\rangle", "\\end"))
 
 
 def is_one_group(text: str) -> bool:
-    """Whether the bracket that `text` begins with is the one it ends with: (1,2] and not (1)(2)."""
+    """Tells whether `text` begins with the bracket that it ends with: (1,2] and not (1)(2)."""
     depth = 0
     end = 0
     for token in _TOKENS.finditer(text):

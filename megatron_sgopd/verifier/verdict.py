@@ -86,7 +86,7 @@ def _no_leaf(given: str, wanted: str) -> bool:
 
 
 def sympy_equal(given: str, wanted: str) -> bool:
-    """Whether two LaTeX expressions are equal by math-verify and SymPy.
+    """Tells whether two LaTeX expressions are equal by math-verify and SymPy.
 
     Only math-verify's LaTeX grammar parses, which builds SymPy objects from a syntax tree; its
     plain-text path (`parse_expr`, which is Python's eval) is not used. Raises `Unparsable`.
@@ -134,7 +134,7 @@ def _grammar(is_real: bool) -> Any:
 
 
 def _same_size(a: Any, b: Any) -> bool:
-    """Whether two numbers agree relatively too: math-verify rounds to absolute decimals.
+    """Tells whether two numbers agree relatively too: math-verify rounds to absolute decimals.
 
     It takes 1.5e-7 for 2.5e-7, and any two numbers below 1e-15 for equal.
     """

@@ -120,7 +120,7 @@ class Scratch:
         self._held = (chunk, block.start)
 
     def still_holds(self, chunk: Chunk, block: slice) -> bool:
-        """Whether they do; if not, the caller is going to overwrite them."""
+        """Tells whether they do; if not, the caller is going to overwrite them."""
         held = self._held is not None and self._held[0] is chunk and self._held[1] == block.start
         if not held:
             self._held = None

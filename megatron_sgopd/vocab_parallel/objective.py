@@ -140,7 +140,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Constants:
-    """Of each token: its gradient is e (slope d + bias), less `additive` at the sampled token.
+    """The parts of each token's gradient e (slope d + bias), less `additive` at the sampled token.
 
     d is what an objective makes of a row, with `less` times a second row where that is wanted.
     """

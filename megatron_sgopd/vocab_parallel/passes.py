@@ -57,7 +57,7 @@ def from_logits(task: Task, models: dict[str, Any], overwrite: bool) -> LossResu
 
 
 def _goes_in_one_pass(task: Task, student: Tensor) -> bool:
-    """Whether blocks can go through both passes at once; Triton's kernels take all rows."""
+    """Tells whether blocks can go through both passes at once; Triton's kernels take all rows."""
     objective = task.objective
     alone = task.shard.size == 1 and objective.kernels(student) is None
     return task.sliceable and alone and objective.one_pass

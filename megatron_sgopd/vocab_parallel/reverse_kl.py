@@ -34,7 +34,7 @@ from megatron_sgopd.vocab_parallel.softmax import Columns, Merged, Softmax, mean
 
 
 class TowardTarget(Objective):
-    """What objectives with an extrapolated teacher as target have in common."""
+    """Describes what objectives with an extrapolated teacher as target have in common."""
 
     def merge_targets(
         self, chunk: Chunk, shards: Columns, found: Found

@@ -27,7 +27,7 @@ def num_local_rows(rows: Rows) -> int:
 
 
 def is_logprobs(rows: Rows | None) -> bool:
-    """Whether `rows` are log-probs [T] already."""
+    """Tells whether `rows` are log-probs [T] already."""
     return isinstance(rows, Tensor) and rows.dim() == 1
 
 
@@ -64,7 +64,7 @@ def check_inputs(
 
 @dataclass(frozen=True)
 class Shard:
-    """Which tokens count and which columns are this rank's."""
+    """Holds which tokens count and which columns are this rank's."""
 
     num_tokens: int  # T
     active: Tensor  # [N] indices of the masked-in tokens

@@ -36,7 +36,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns an objective's first pass fills, in their order.
+    """Describes which columns an objective's first pass fills, in their order.
 
     Maximum, total and sampled token of student, teacher and reference; maximum and total of each
     target; the entropy's sum; the objective's own sums.

@@ -21,7 +21,7 @@ from megatron_sgopd.vocab_parallel.softmax import Columns
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per token [T], without gradient; 0 where the mask is 0."""
+    """The models' statistics per token [T], without gradient; 0 where the mask is 0."""
 
     student_logprobs: Tensor
     teacher_logprobs: Tensor | None
@@ -46,7 +46,7 @@ class LossResult:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is known of a chunk's tokens in the end, float64 [n] each."""
+    """Describes what is known of a chunk's tokens in the end, float64 [n] each."""
 
     found: Found
     coefficients: Coefficients

@@ -34,7 +34,7 @@ INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
 
 @dataclass(frozen=True)
 class Tile:
-    """How a program walks along a row: L lanes (threads) read K neighbouring columns U times."""
+    """Describes how a program walks along a row: L lanes read K neighbouring columns U times."""
 
     U: int
     L: int
@@ -197,7 +197,7 @@ def _sum_sources(objective: Objective) -> list[int]:
 
 
 def _sum_at(objective: Objective) -> tuple[int, int, int]:
-    """Where the forward KL's sums of the teacher and of two targets go; -1: not wanted."""
+    """Tells where the forward KL's sums of the teacher and of two targets go; -1: not wanted."""
     sources = _sum_sources(objective) if objective.triton_sums == "forward" else []
     first, second, third = (sources.index(i) if i in sources else -1 for i in range(3))
     return first, second, third

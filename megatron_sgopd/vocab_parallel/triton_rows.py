@@ -32,7 +32,7 @@ def row_of(place: tl.tensor, first: tl.tensor, i: tl.tensor, HAS_PLACE: tl.const
 
 @triton.jit
 def starts_of(models: tl.tuple, strides: tl.tuple, row: tl.tensor) -> tl.tuple:
-    """Where the models' rows start."""
+    """Tells where the models' rows start."""
     return (
         models[0] + row * strides[0],
         models[1] + row * strides[1],

@@ -147,7 +147,7 @@ def _experiment(title: str) -> run.Experiment:
 
 
 def dry_run(title: str, runs: Sequence[Run], executor: run.Executor, root: Path) -> str:
-    """What would be submitted: nothing is, and nothing stays on the disk."""
+    """Prints what would be submitted: nothing is, and nothing stays on the disk."""
     home = get_nemorun_home()
     parts = []
     with tempfile.TemporaryDirectory() as base:
@@ -198,7 +198,7 @@ def experiments() -> list[str]:
 
 
 def find(name: str) -> run.Experiment:
-    """By its id, or the newest of a title."""
+    """Finds an experiment by its id, or the newest of a title."""
     known = experiments()
     chosen = [each for each in known if name in (each, each.rpartition("_")[0])]
     if not chosen:
@@ -228,7 +228,7 @@ def status(name: str) -> Iterator[str]:
 
 
 def logs(name: str, run_name: str | None) -> Iterator[str]:
-    """What the runs' jobs have said, run after run."""
+    """Yields what the runs' jobs have said, run after run."""
     experiment = find(name)
     names = [job.id for job in experiment.jobs]
     if run_name is not None and run_name not in names:

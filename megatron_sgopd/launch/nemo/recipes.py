@@ -29,7 +29,7 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def _resolved(cls: type) -> inspect.Signature:
-    """With types in the place of their names, in the form in which nemo-run can read values."""
+    """Resolves names to types, in the form in which nemo-run can read values."""
     signature = inspect.signature(cls, eval_str=True)
     parameters = []
     for parameter in signature.parameters.values():
@@ -70,7 +70,7 @@ train = run.cli.entrypoint(_train, namespace="sgopd", type="experiment")
 
 
 def _described(executor: run.Executor) -> Executor:
-    """What there is to check of it."""
+    """Lists what there is to check of it."""
     if not isinstance(executor, run.SlurmExecutor):
         return Executor("local")
     return Executor(

@@ -56,12 +56,14 @@ class Softmax:
 
 
 def finite(logits: Tensor) -> Tensor:
-    """With a number in the place of -inf."""
+    """Puts a number in the place of -inf."""
     return torch.where(logits == -math.inf, FAR, logits)
 
 
 def softmax(logits: Tensor, logit_error: Tensor | None = None) -> Softmax:
-    """Of float64 logits [T, N]; `logit_error` [T, N] is what the logits themselves are off by."""
+    """Computes the softmax of float64 logits [T, N] that are themselves off by `logit_error` [T,
+    N].
+    """
     x = finite(logits)
     log_p = x.log_softmax(-1)
     p = log_p.exp()
@@ -108,7 +110,7 @@ def forward_kl(student: Softmax, target: Softmax) -> Exact:
 
 
 def with_tail(s: Softmax, kept: Tensor) -> Softmax:
-    """What is not `kept` [T, N] as one outcome: its log-prob, at all of its places, is of its mass.
+    """Makes what is not `kept` [T, N] one outcome: at all of its places the log-prob of its mass.
 
     p stays, so that an expectation over N entries is one over the outcomes.
     """

@@ -14,7 +14,7 @@ CHUNKS = 7  # tokens a chunk where a case wants several, the last one ragged
 
 @dataclass(frozen=True)
 class Rows:
-    """How the logits of a case are drawn (`inputs.draw`)."""
+    """Describes how the logits of a case are drawn (`inputs.draw`)."""
 
     tokens: int = 24  # T
     vocab: int = 512  # divides by 8: no padding unless a case asks for it

@@ -76,7 +76,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Got:
-    """What a function returned, all parts together, in float64 but for `bits`."""
+    """Describes what a function returned, all parts together, in float64 but for `bits`."""
 
     values: Tensor  # [T], or [1]: the sum where there is no value per token
     gradient: Tensor  # [T, V] of the student's columns
@@ -122,7 +122,7 @@ def evaluate(
 
 
 def exact_of(case: Case, x: Inputs) -> Exact:
-    """What the case's function has to return, over the whole vocabulary."""
+    """Returns what the case's function has to return, over the whole vocabulary."""
     student, teacher = bounds.softmax(x.student), bounds.softmax(x.teacher)
     if case.capability == "reverse_kl":
         return bounds.reverse_kl(student, teacher)
@@ -174,7 +174,7 @@ def worst(quantity: str, error: Tensor, bound: Tensor) -> Reading:
 
 
 def different(quantity: str, one: Tensor, other: Tensor) -> Reading:
-    """How many elements are not the same number; none may be."""
+    """Counts elements that are not the same number; none may be."""
     return Reading(quantity, float((one != other).sum()), 0.0)
 
 
@@ -277,7 +277,7 @@ def values_per_token(setting: Setting, student: Tensor, teacher: Tensor) -> Tens
 
 
 def gate_of(values: Tensor, x: Inputs) -> Tensor:
-    """Which of the two lambdas gave these values [T]: True where the nearer is the second."""
+    """Tells which lambda gave these values [T]: True where the nearer is the second."""
     student = bounds.softmax(x.student)
     low, high = (
         bounds.reverse_kl(student, bounds.extrapolated(x.teacher, x.reference, lam)).values

@@ -39,7 +39,7 @@ def exact_of(p: Problem) -> Exact:
 
 
 def reference_gradient(p: Problem) -> Tensor:
-    """By autograd on full logits in float64, [T, N]."""
+    """Computes the gradient by autograd on full logits in float64, [T, N]."""
     logits = {m: bounds.finite(x) for m, x in p.logits.items()}
     student = logits["student"].clone().requires_grad_()
     distillation_loss_reference(
@@ -97,7 +97,7 @@ def full(p: Problem, weight: Tensor, lam: Tensor, additive: Tensor) -> Exact:
 
 
 def divergence(p: Problem, student: Softmax, lam: Tensor) -> Exact:
-    """Of the student from the target of each token's lambda, top k and tail where asked for."""
+    """Computes the student's from the target of each token's lambda, top k and tail where asked."""
     t, lam = p.loss.temperature, lam[:, None]
     off = lam * p.logit_error("teacher") + (lam - 1).abs() * p.logit_error("reference")
     teacher, reference = p.logits["teacher"] / t, p.logits["reference"] / t
@@ -184,7 +184,7 @@ def rows_of(setting: Setting, p: Problem) -> tuple[Any, list[Tensor], list[Any]]
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
-    """In float64; from `main_grad` where the leaf has one."""
+    """Returns a leaf's gradient in float64; from `main_grad` where it has one."""
     grad: Tensor | None = getattr(leaf, "main_grad", leaf.grad)
     if grad is None:
         raise TypeError("left no gradient on one of the student's rows")
@@ -194,7 +194,7 @@ def gradient_of(leaf: Tensor) -> Tensor:
 def gradient_readings(
     setting: Setting, p: Problem, leaves: list[Tensor], exact: Exact
 ) -> list[Reading]:
-    """Of the logits, or of hidden states and head."""
+    """Compares the gradients of the logits, or of hidden states and head."""
     roundoff, least = bounds.ROUNDOFF[p.dtype]
     grad = exact.gradient
     got = [gradient_of(leaf) for leaf in leaves]

@@ -119,7 +119,7 @@ class Ours:
         mask: Tensor,
         **options: Any,
     ) -> Summed:
-        """Of weight 1 and lambda 1; which token was sampled does not matter."""
+        """Calls the loss with weight 1 and lambda 1; which token was sampled does not matter."""
         one = torch.ones(len(mask))
         result = self.distillation_loss(
             student,

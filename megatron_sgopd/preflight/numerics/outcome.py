@@ -21,7 +21,7 @@ class Reading:
 
     @property
     def share(self) -> float:
-        """Of the bound; NaN counts as infinite."""
+        """Returns the error's share of the bound; NaN counts as infinite."""
         if math.isnan(self.error):
             return math.inf
         if self.error <= 0:
@@ -31,7 +31,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class RankOutcome:
-    """What a case gave on one rank: readings, or the last line of an error and its traceback."""
+    """A case's result on one rank: readings, or the last line of an error and its traceback."""
 
     readings: tuple[Reading, ...] = ()
     failure: str = ""
@@ -40,7 +40,7 @@ class RankOutcome:
 
 @dataclass(frozen=True)
 class Result:
-    """What a case gave at one world size: of every quantity the rank with the largest share."""
+    """A case's result at one world size: of every quantity the rank with the largest share."""
 
     capability: str
     case: str
@@ -62,7 +62,7 @@ def merge(capability: str, case: str, tp: int, answer: Sequence[RankOutcome] | s
 
 
 def worst(readings: Sequence[Reading]) -> tuple[Reading, ...]:
-    """Of every quantity the reading with the largest share of its bound, in order of appearance."""
+    """Returns of every quantity the reading with the largest share of its bound, in their order."""
     out: dict[str, Reading] = {}
     for reading in readings:
         kept = out.get(reading.quantity)

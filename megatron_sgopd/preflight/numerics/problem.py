@@ -45,7 +45,7 @@ class Problem:
     scale: Tensor  # [T]
 
     def logit_error(self, model: str) -> Tensor:
-        """What the logits over the temperature are off by, [T, N]."""
+        """Bounds what the logits over the temperature are off by, [T, N]."""
         t, logits = self.loss.temperature, self.logits[model]
         error = torch.zeros_like(logits)
         if model in self.hidden:
@@ -63,7 +63,7 @@ class Problem:
         return bounds.softmax(self.logits[model] / self.loss.temperature, self.logit_error(model))
 
     def statistics(self) -> SimpleNamespace:
-        """What coefficients read: the sampled tokens' log-probs, [T] each."""
+        """Computes what coefficients read: the sampled tokens' log-probs, [T] each."""
         at = self.inputs.tokens[:, None]
         picked = {m: self.softmax(m).log_p.gather(-1, at)[:, 0] for m in MODELS}
         return SimpleNamespace(**{f"{m}_logprobs": x for m, x in picked.items()})

@@ -64,7 +64,7 @@ def verdict(results: Sequence[Result]) -> str:
 
 
 def as_json(adapter: Adapter, results: Sequence[Result]) -> dict[str, Any]:
-    """What `--json` writes; an error that is NaN or infinite is null there."""
+    """Returns what `--json` writes; an error that is NaN or infinite is null there."""
     return {
         "function": adapter.name,
         "versions": _versions(adapter),
@@ -91,7 +91,7 @@ def as_json(adapter: Adapter, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _versions(adapter: Adapter) -> dict[str, str]:
-    """Of torch and of the packages that the function's module says it needs."""
+    """Returns the versions of torch and of the packages that the function's module needs."""
     found = metadata.packages_distributions()
     packages = [p for module in ("torch", *adapter.needs) for p in found.get(module, [])]
     return {package: metadata.version(package) for package in dict.fromkeys(packages)}

@@ -116,14 +116,14 @@ def attention_bytes(
 
 
 def _mask_elements(length: int, cp: int) -> int:
-    """Of the rank with the largest masks: n queries against 2 and 2 CP - 1 chunks of n keys."""
+    """Counts those of the rank with the largest masks: n queries, 2 and 2 CP - 1 chunks of keys."""
     n = -(-length // (2 * cp))
     return n * n * (2 * cp + 1)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one micro-batch in one model chunk."""
+    """The bytes kept of one micro-batch in one model chunk."""
 
     saved: int
     recomputed: int  # what a repeated forward pass of some layers keeps, for a while
@@ -137,7 +137,7 @@ def chunk_bytes(
     parallel: ParallelConfig,
     layers: int,
 ) -> Kept:
-    """Of `layers` layers under the recipe's recomputation, without the ends of the model."""
+    """Counts what `layers` layers keep under the recipe's recomputation."""
     if parallel.recompute_granularity != "full":
         selective = parallel.recompute_granularity == "selective"
         modules = (parallel.recompute_modules or ["core_attn"]) if selective else []

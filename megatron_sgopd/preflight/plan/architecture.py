@@ -45,7 +45,7 @@ class Architecture:
 
     @property
     def is_supported(self) -> bool:
-        """Whether the trainer can build it."""
+        """Tells whether the trainer can build it."""
         return self.model_type in FAMILIES
 
     def layer_tensors(self, tp: int) -> list[int]:
@@ -61,20 +61,20 @@ class Architecture:
         return sizes + each
 
     def active_layer_parameters(self) -> int:
-        """Of a layer, those that one token is multiplied with."""
+        """Counts the parameters of a layer that one token is multiplied with."""
         experts = self.experts_per_token if self.num_experts else 1
         idle = (max(1, self.num_experts) - experts) * 3 * self.ffn * self.hidden
         return sum(self.layer_tensors(1)) - idle
 
     def num_parameters(self) -> int:
-        """Of the whole model, without padding."""
+        """Counts the whole model's parameters, without padding."""
         ends = (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
         return self.num_layers * sum(self.layer_tensors(1)) + ends
 
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """How a model is cut: TP x PP (x VPP chunks a stage) x CP."""
+    """Describes how a model is cut: TP x PP (x VPP chunks a stage) x CP."""
 
     tp: int
     pp: int
@@ -115,7 +115,7 @@ class ModelLayout:
 
 
 def check_fits(model: Architecture, layout: ModelLayout, role: str) -> None:
-    """What `build_model` would refuse.
+    """Refuses what `build_model` would refuse.
 
     Raises:
         ConfigError: heads or widths that TP does not divide, fewer layers than stages.
@@ -140,7 +140,7 @@ def check_fits(model: Architecture, layout: ModelLayout, role: str) -> None:
 
 
 def architecture_from_config(values: dict[str, Any], source: str) -> Architecture:
-    """From the values of a config.json.
+    """Reads the sizes from the values of a config.json.
 
     Raises:
         ConfigError: a family that is not known, or a size that is missing.

@@ -30,14 +30,14 @@ class Duration:
 
 
 def forward_flops(model: Architecture, tokens: float, mean_length: float) -> float:
-    """Of the layers: two a parameter and token, and causal attention, 2 L a d a token and layer."""
+    """Counts two a parameter and token, and causal attention, 2 L a d a token and layer."""
     dense = model.num_layers * model.active_layer_parameters()
     attention = model.num_layers * model.heads * model.head_dim * mean_length
     return 2.0 * tokens * (dense + attention)
 
 
 def head_flops(model: Architecture, tokens: float) -> float:
-    """Of one product with the LM head: forward, or either half of backward."""
+    """Counts one product with the LM head: forward, or either half of backward."""
     return 2.0 * tokens * model.vocab * model.hidden
 
 

@@ -46,7 +46,7 @@ SERVER_OVERHEAD_BYTES = 3 * GIB
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the time estimate rests on; every field is an option of `sgopd plan`."""
+    """Describes what the time estimate rests on; every field is an option of `sgopd plan`."""
 
     mean_prompt_tokens: float
     mean_completion_tokens: float

@@ -74,7 +74,7 @@ class Job:
 
     @property
     def is_token_local(self) -> bool:
-        """Whether a chunk's gradient is made while its logits exist."""
+        """Tells whether a chunk's gradient is made while its logits exist."""
         return self.config.distill.method not in WHOLE_BATCH
 
     @property

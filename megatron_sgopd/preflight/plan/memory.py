@@ -111,7 +111,7 @@ class _Estimate:
 
     @cached_property
     def step_tokens(self) -> int:
-        """Of a replica, if every rollout were as long as it may be."""
+        """Counts a replica's tokens, if every rollout were as long as it may be."""
         return self.job.rollouts_per_replica * self.job.longest
 
     @cached_property
@@ -261,7 +261,7 @@ class _Estimate:
         return whole + (whole // self.layout.cp if self.layout.cp > 1 else 0)
 
     def _handed_over(self, stage: int) -> Items:
-        """On the student's last stage: log-probs, or hidden states as sequence shards."""
+        """Counts what the student's last stage keeps: log-probs, or shards of hidden states."""
         if stage != self.layout.pp - 1 or not self.job.roles():
             return {}
         tokens = -(-self.step_tokens // self.layout.cp)
@@ -303,8 +303,9 @@ class _Estimate:
         return items | {"logits": logits, "working": max(0, work - logits - end)}
 
     def _logits_workspace(self) -> int:
-        """What the loss takes: a chunk's logits, what making them and their gradient takes, and
-        whole hidden states: the student's and their gradient, the frozen models'."""
+        """Counts what the loss takes: a chunk's logits, what making them and their gradient takes,
+        and whole hidden states: the student's and their gradient, the frozen models'.
+        """
         b, layout = self.kind.element_bytes, self.layout
         tokens, hidden = self.shape.tokens(layout), self.student.hidden
         roles = self.job.roles() if self.full_vocab else ()

@@ -228,7 +228,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
 
 
 def settings(changes: Changes) -> str:
-    """As they are written on the command line."""
+    """Writes settings as on the command line."""
     words = {None: "null", True: "true", False: "false"}
     shown = ((k, words[v] if v is None or isinstance(v, bool) else v) for k, v in changes.items())
     return " ".join(f"{key}={value}" for key, value in shown)

@@ -124,7 +124,7 @@ class VllmClient:
             return False
 
     def is_responding(self, timeout_s: float) -> bool:
-        """Whether the process that computes answers; /health looks no further than the HTTP one."""
+        """Tells whether the process that computes answers; /health asks the HTTP one alone."""
         try:
             return self._http.get("/is_sleeping", timeout=timeout_s).is_success
         except httpx2.HTTPError:
@@ -135,7 +135,7 @@ class VllmClient:
         return dict(self._call("GET", DESCRIPTION))
 
     def policy_version(self) -> int:
-        """Of the weights that it holds; -1 before the first push."""
+        """Asks for the version of the weights that it holds; -1 before the first push."""
         return _number(self._call("GET", "/weight_info")["weight_version"])
 
     # -- weights -----------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class VllmClient:
         self._call("POST", "/resume")
 
     def reset_prefix_cache(self) -> None:
-        """Without it prompts of a block and more would go on from keys of the old weights."""
+        """Empties the prefix cache: long prompts would go on from keys of the old weights."""
         self._call("POST", "/reset_prefix_cache")
 
     def sleep(self, *, keep_weights: bool) -> None:

@@ -191,7 +191,7 @@ class VllmEngine:
         self._push(self.policy_version, set())
 
     def _push(self, policy_version: int, stale: set[int]) -> None:
-        """To the engines in `stale`, and to those that have to be started again."""
+        """Pushes to the engines in `stale`, and to those that have to be started again."""
         dead: list[str] = []
         for attempt in range(self._max_restarts + 1):
             stale |= self._revive(attempt)
@@ -266,7 +266,9 @@ class VllmEngine:
         return revived
 
     def _give_up(self, remote: Remote, error: Exception) -> None:
-        """Until it is brought back; the reason is told if it cannot be."""
+        """Gives an engine up until it is brought back, and keeps the reason in case it
+        cannot be.
+        """
         logger.warning("%s", error)
         remote.alive, self._reason = False, str(error)
 
@@ -281,7 +283,9 @@ class VllmEngine:
             self._asleep = True
 
     def wake_up(self) -> None:
-        """Before anything is asked of them again. Collective over all ranks."""
+        """Gets the engines ready before anything is asked of them again. Collective over
+        all ranks.
+        """
         if self._asleep:
             self._tell(lambda client: client.wake_up())
             self._asleep = False

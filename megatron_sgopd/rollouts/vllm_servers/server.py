@@ -31,7 +31,9 @@ SUPERVISOR = "megatron_sgopd.rollouts.vllm_servers.supervisor"
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """What one server is; `command` and `environment` are all it takes to start it by hand."""
+    """Describes what one server is; `command` and `environment` are all it takes to start it by
+    hand.
+    """
 
     vllm: VllmConfig
     model: Path  # Hugging Face directory
@@ -82,7 +84,9 @@ class ServerSpec:
         return command + list(v.extra_args)
 
     def environment(self) -> dict[str, str]:
-        """What is ours of the environment; the rest is inherited, a rank's own place left out."""
+        """Returns our part of the environment; the rest is inherited, a rank's own place
+        left out.
+        """
         path = str(_importable(self.folder))
         if self.vllm.python is None and (own := os.environ.get("PYTHONPATH")):
             path += os.pathsep + own  # this environment's; another interpreter has its own
@@ -138,7 +142,7 @@ class VllmServer:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that sees to the server."""
+        """Returns the id of the process that supervises the server."""
         return None if self._process is None else self._process.pid
 
     def exit_code(self) -> int | None:
@@ -228,7 +232,7 @@ def _cannot_listen(address: str, error: OSError) -> ConfigError:
 
 
 def installed_version(python: str | None) -> str | None:
-    """Of vLLM in that interpreter's environment; None where there is none."""
+    """Reads the version of vLLM in that interpreter's environment; None where there is none."""
     if python is None:
         return installed("vllm")
     code = (

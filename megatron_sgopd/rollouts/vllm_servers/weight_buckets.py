@@ -18,7 +18,7 @@ ALIGNMENT = 16  # bytes: a view of any dtype may start here
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in a bucket; travels as JSON."""
+    """Describes where one tensor lies in a bucket; travels as JSON."""
 
     name: str
     dtype: str  # torch's name, such as bfloat16

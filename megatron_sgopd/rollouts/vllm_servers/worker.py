@@ -44,7 +44,7 @@ BACKEND = "sgopd"  # what --weight-transfer-config names
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """How the buckets will come; `weight_wire.Receiver` has the fields' meaning."""
+    """Describes how the buckets will come; `weight_wire.Receiver` has the fields' meaning."""
 
     transport: str
     master_address: str = ""
