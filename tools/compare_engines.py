@@ -83,7 +83,7 @@ def phases(row: Row, *, waiting: bool) -> Row:
     def of(*names: str) -> float:
         return sum(row.get(f"time/{name}_s", 0.0) for name in names)
 
-    told = {
+    seconds = {
         "generate": of("generate_student", "generate_teacher"),
         "label": of("label"),
         "teacher": of("score"),
@@ -92,9 +92,9 @@ def phases(row: Row, *, waiting: bool) -> Row:
         "step": of("step"),
         "waits": of("rollout") if waiting else 0.0,
     }
-    told["other"] = told["step"] - of("rollout", "score", "train", "push_weights")
-    told["idle"] = max(0.0, told["step"] - told["generate"])
-    return told
+    seconds["other"] = seconds["step"] - of("rollout", "score", "train", "push_weights")
+    seconds["idle"] = max(0.0, seconds["step"] - seconds["generate"])
+    return seconds
 
 
 def means(rows: Sequence[Row]) -> Row:

@@ -56,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """Describes what both trainers are told."""
+    """Describes what both trainers are given."""
 
     student: str
     teacher: str
@@ -169,9 +169,9 @@ def _theirs(work: Work, folder: Path, variables: dict[str, str], *, shipped: boo
         launcher = ("accelerate.commands.launch", *options, "--dynamo_backend=no", "-m")
         command = [sys.executable, "-m", *launcher, command[-1]]
     ended = _finish([*command, json.dumps(asdict(work)), str(result)], variables, THEIRS)
-    told = json.loads(result.read_text(encoding="utf-8"))
-    seconds, cpu = told["seconds"][1:], told["cpu_seconds"][1:]
-    return Run(seconds, cpu, told["tokens"], ended.largest_mb, ended.all_mb)
+    measured = json.loads(result.read_text(encoding="utf-8"))
+    seconds, cpu = measured["seconds"][1:], measured["cpu_seconds"][1:]
+    return Run(seconds, cpu, measured["tokens"], ended.largest_mb, ended.all_mb)
 
 
 def _python(module: str) -> list[str]:

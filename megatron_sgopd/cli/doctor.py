@@ -62,8 +62,8 @@ def _check_recipe(config: Config) -> int:
             if text:
                 print(f"{'':<15}{label:<9}{text}")
     count = {level: sum(f.level == level for f in findings) for level in ("error", "warning")}
-    told = f"{count['error']} error(s), {count['warning']} warning(s)"
-    print(f"FAILED: {told}" if count["error"] else f"ok: {told}")
+    counted = f"{count['error']} error(s), {count['warning']} warning(s)"
+    print(f"FAILED: {counted}" if count["error"] else f"ok: {counted}")
     return int(count["error"] > 0)
 
 

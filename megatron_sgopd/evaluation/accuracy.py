@@ -117,10 +117,10 @@ def paired_difference(
     """
     by_key = _by_key(baseline, "baseline")
     keys = list(_by_key(arm, "arm"))
-    if odd := sorted(set(keys) ^ set(by_key)):
+    if unshared := sorted(set(keys) ^ set(by_key)):
         raise ValueError(
-            f"the two evaluations are not of the same problems: {odd[0][1]!r} is in one alone "
-            f"({len(odd)} such); evaluate both on the same file"
+            f"the two evaluations are not of the same problems: {unshared[0][1]!r} is in one alone "
+            f"({len(unshared)} such); evaluate both on the same file"
         )
     for record in arm:
         partner = by_key[_key(record)]

@@ -250,37 +250,38 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         ValueError: an evaluation that is not finished, or what the two do not share.
     """
     first, second = evaluation_folder(first), evaluation_folder(second)
-    ours, theirs = read_settings(first), read_settings(second)
-    if odd := changes(comparable(ours), comparable(theirs)):
+    one, other = read_settings(first), read_settings(second)
+    if clash := changes(comparable(one), comparable(other)):
         raise ValueError(
-            f"{first} and {second} cannot be compared ({'; '.join(odd)}): evaluate both models "
+            f"{first} and {second} cannot be compared ({'; '.join(clash)}): evaluate both models "
             "under the same settings on the same problems"
         )
-    mine, other = read_records(first), read_records(second)
-    scoring = ours["scoring"]
+    first_records, second_records = read_records(first), read_records(second)
+    scoring = one["scoring"]
     of: dict[str, Callable[[Sequence[Record]], Any]] = {
         "avg_at_k": problem_accuracies,
         "pass_at_k": lambda records: problem_pass_rates(records, scoring["k"]),
     }
-    if scoring["greedy"] and theirs["scoring"]["greedy"]:
+    if scoring["greedy"] and other["scoring"]["greedy"]:
         of["greedy"] = greedy_marks
-    sets = by_benchmark(other)
+    sets = by_benchmark(second_records)
 
     def differences(a: Sequence[Record], b: Sequence[Record]) -> dict[str, Any]:
         return {
-            name: _difference(a, b, values, scoring["bootstrap_samples"], ours["seed"])
+            name: _difference(a, b, values, scoring["bootstrap_samples"], one["seed"])
             for name, values in of.items()
         }
 
     return {
-        "first": {"folder": str(first), "name": ours["name"], "model": ours["model"]},
-        "second": {"folder": str(second), "name": theirs["name"], "model": theirs["model"]},
+        "first": {"folder": str(first), "name": one["name"], "model": one["model"]},
+        "second": {"folder": str(second), "name": other["name"], "model": other["model"]},
         "k": scoring["k"],
         "num_samples": scoring["n"],
-        "notes": changes(*({key: s[key] for key in SAID} for s in (ours, theirs))),
-        **differences(mine, other),
+        "notes": changes(*({key: s[key] for key in SAID} for s in (one, other))),
+        **differences(first_records, second_records),
         "benchmarks": {
-            name: differences(group, sets[name]) for name, group in by_benchmark(mine).items()
+            name: differences(group, sets[name])
+            for name, group in by_benchmark(first_records).items()
         },
     }
 

@@ -132,11 +132,11 @@ def _check_same(plan: Plan) -> None:
     if not (plan.folder / "settings.json").is_file():
         return
     before = read_settings(plan.folder)
-    if odd := conflicts(before, plan.settings):
+    if differences := conflicts(before, plan.settings):
         rescore = "; `sgopd rescore` judges its samples by another verifier"
         raise ValueError(
             f"{plan.folder} holds an evaluation under other settings (there and now: "
-            f"{'; '.join(odd)}): set them back to go on with it, or give another --out"
+            f"{'; '.join(differences)}): set them back to go on with it, or give another --out"
             + (rescore if before["verifier"] != plan.settings["verifier"] else "")
         )
 

@@ -34,9 +34,9 @@ def rescore_folder(folder: Path, out: Path, config: Config) -> dict[str, Any]:
     read_records(folder)  # finished, or says what is missing
     if (out / "settings.json").is_file():
         there = read_settings(out) | {"verifier": settings["verifier"]}
-        if odd := conflicts(there, settings):
+        if clash := conflicts(there, settings):
             raise ValueError(
-                f"{out} holds other samples (there and now: {'; '.join(odd)}): give another --out"
+                f"{out} holds other samples (there and now: {'; '.join(clash)}): give another --out"
             )
     scoring = {"k": config.evaluation.k, "bootstrap_samples": config.evaluation.bootstrap_samples}
     settings |= {"verifier": v.name, "scoring": {**settings["scoring"], **scoring}}

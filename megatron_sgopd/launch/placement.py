@@ -56,11 +56,11 @@ class Placement:
     @property
     def overrides(self) -> list[str]:
         """Returns what the trainers' command line needs beside the user's."""
-        told = {
+        addresses = {
             "rollout.vllm.urls": self.student.urls(self.engines),
             "rollout.vllm.teacher.urls": self.teacher.urls(self.engines),
         }
-        return [f"{key}=[{','.join(urls)}]" for key, urls in told.items() if urls]
+        return [f"{key}=[{','.join(urls)}]" for key, urls in addresses.items() if urls]
 
     def ports_of(self, node: str) -> Iterator[int]:
         """Yields the ports that this job listens on there."""

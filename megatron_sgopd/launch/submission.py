@@ -1,6 +1,6 @@
 """What `sgopd launch` submits: where (executors, of a file the user keeps) and what (runs).
 
-Nothing here knows nemo-run, so that mistakes are told before it is loaded, in any environment. A
+Nothing here knows nemo-run, so that mistakes are found before it is loaded, in any environment. A
 run on Slurm is `slurm/sgopd_8node.sh` with the options of its own #SBATCH lines: what a person
 submits with sbatch.
 """
@@ -147,9 +147,9 @@ def changed(executor: Executor, settings: Mapping[str, Any]) -> Executor:
             given[key] = _count(str(given[key]), f"--{key.replace('_', '-')}")
     for key in MAPPINGS:
         option = f"--{key.removesuffix('s')}"
-        told = pairs(option, given.get(key, ()))
-        _check_mapping(key, told, option)
-        given[key] = {**getattr(executor, key), **told}
+        chosen = pairs(option, given.get(key, ()))
+        _check_mapping(key, chosen, option)
+        given[key] = {**getattr(executor, key), **chosen}
     given["mounts"] = (*executor.mounts, *given.get("mounts", ()))
     return replace(executor, **given)
 
@@ -189,8 +189,8 @@ def make_runs(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> l
         if base.logging.run_dir:  # else the name says it
             folder = base.logging.run_dir.rstrip("/") + name.removeprefix(base.name)
             settings.append(f"logging.run_dir={folder}")
-        told = (*overrides, *settings)
-        runs.append(Run(name, recipe, told, load_config(recipe, told)))
+        both = (*overrides, *settings)
+        runs.append(Run(name, recipe, both, load_config(recipe, both)))
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         same = next(name for name in names if names.count(name) > 1)
@@ -232,8 +232,8 @@ def check(runs: Sequence[Run], executor: Executor, environment: Mapping[str, str
         processes = env.get("SGOPD_PROCESSES_PER_NODE") or executor.gpus_per_node or DEFAULT_GPUS
         config = run.config
         if engines := env.get("SGOPD_ENGINE_NODES"):
-            told = (*run.overrides, f"rollout.vllm.nodes={engines}")
-            config = load_config(run.recipe, told)
+            placed = (*run.overrides, f"rollout.vllm.nodes={engines}")
+            config = load_config(run.recipe, placed)
         names = [f"node{i + 1}" for i in range(nodes)]
         place(
             config,

@@ -83,9 +83,9 @@ class SDPAttention(MegatronModule):
         group: dist.ProcessGroup,
     ) -> Tensor:
         size, rank = group.size(), group.rank()
-        if odd := [end - begin for begin, end in pairwise(bounds) if (end - begin) % (2 * size)]:
+        if cut := [end - begin for begin, end in pairwise(bounds) if (end - begin) % (2 * size)]:
             raise ValueError(
-                f"a sequence of {odd[0]} positions cannot be cut into {2 * size} equal chunks for "
+                f"a sequence of {cut[0]} positions cannot be cut into {2 * size} equal chunks for "
                 f"{size} context parallel ranks: pad sequences to a multiple of {2 * size}"
             )
         shards = _GatherAlongSequence.apply(torch.cat([key, value], -1), group)  # [C, s, b, g, 2 d]

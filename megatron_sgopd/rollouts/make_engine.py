@@ -134,7 +134,7 @@ def _remotes(
     never_sampled: range,
 ) -> list[Remote]:
     """All engines that this first rank reaches; its own ones started and ready."""
-    mine: dict[int, tuple[str, str]] = {}  # index -> (host name, URL)
+    own: dict[int, tuple[str, str]] = {}  # index -> (host name, URL)
     servers: dict[int, VllmServer] = {}
     problem: Exception | None = None
     devices = gather_objects(gpu_name(groups.device), groups.replica_group)
@@ -142,23 +142,23 @@ def _remotes(
         owned = range(groups.dp_rank, vllm.num_engines, groups.dp_size)
         try:
             if vllm.urls:
-                mine = {i: ("", vllm.urls[i]) for i in owned}
+                own = {i: ("", vllm.urls[i]) for i in owned}
             else:
                 specs = _specs(vllm, groups, model, role, run_dir, key, devices)
                 servers = {i: VllmServer(specs[i]) for i in owned}
-                mine = {i: (socket.gethostname(), specs[i].url) for i in owned}
+                own = {i: (socket.gethostname(), specs[i].url) for i in owned}
                 for server in servers.values():
                     server.start()
         except ConfigError as error:
             problem = error
-    told = gather_objects((mine, problem))
-    for _, failure in told:
+    of_all_ranks = gather_objects((own, problem))
+    for _, failure in of_all_ranks:
         if failure is not None:
             _stop(servers)
             raise failure
     if not groups.is_replica_first_rank:
         return []
-    everywhere = {i: place for places, _ in told for i, place in places.items()}
+    everywhere = {i: place for places, _ in of_all_ranks for i, place in places.items()}
     remotes = []
     for index, (host, own_url) in sorted(everywhere.items()):
         url = url_from_here(host, own_url, vllm.host)
@@ -173,7 +173,7 @@ def _remotes(
             lost_after_s=vllm.health_timeout_s,
         )
         sender = None
-        if index in mine:
+        if index in own:
             transport = pick_transport(
                 vllm.weight_transfer, groups.device, colocated=vllm.colocated
             )

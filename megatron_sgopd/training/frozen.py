@@ -134,26 +134,26 @@ class Frozen:
         self, batches: Sequence[MicroBatch], objective: Objective, store: HiddenStates
     ) -> list[FrozenScores | None]:
         """Scores in a layout of its own: copies share the micro-batches, then broadcast scores."""
-        mine = self.model.groups
+        own = self.model.groups
         if objective.estimator == "full_vocab":
             _ = self.student_head  # collective: all ranks at once
         scores: list[FrozenScores | None] = []
-        for start in range(0, len(batches), block := BLOCK * mine.num_copies):
+        for start in range(0, len(batches), block := BLOCK * own.num_copies):
             some = batches[start : start + block]
-            own = HiddenStates(mine.tp_group, mine.device, None)
+            kept = HiddenStates(own.tp_group, own.device, None)
 
             def whole(
-                part: MicroBatch, hidden: Tensor, own: HiddenStates = own
-            ) -> Tensor:  # what the student is told of a micro-batch
-                states = own.put(hidden, part.shape[1]).take()
+                part: MicroBatch, hidden: Tensor, kept: HiddenStates = kept
+            ) -> Tensor:  # what the student gets of a micro-batch
+                states = kept.put(hidden, part.shape[1]).take()
                 if objective.estimator == "full_vocab":
                     return states
                 return self._logprobs(part, states, objective)
 
-            outputs = run_forward(self.model, some[mine.copy :: mine.num_copies], whole)
+            outputs = run_forward(self.model, some[own.copy :: own.num_copies], whole)
             for i, batch in enumerate(some):
-                told = outputs[i // mine.num_copies] if self._broadcasts(i) else None
-                scores.append(self._broadcast_scores(batch, told, i, objective, store))
+                rows = outputs[i // own.num_copies] if self._broadcasts(i) else None
+                scores.append(self._broadcast_scores(batch, rows, i, objective, store))
         return scores
 
     def _broadcasts(self, index: int) -> bool:
@@ -164,7 +164,7 @@ class Frozen:
     def _broadcast_scores(
         self,
         batch: MicroBatch,
-        told: Tensor | None,
+        scored: Tensor | None,
         index: int,
         objective: Objective,
         store: HiddenStates,
@@ -173,20 +173,20 @@ class Frozen:
         student, (rows, length) = self.student, batch.shape
         source = self._sources[index % self.model.groups.num_copies]
         full = objective.estimator == "full_vocab"
-        if told is None:
+        if scored is None:
             width = (self.model.hf_config.hidden_size,) if full else ()
             dtype = self.model.dtype if full else torch.float32
-            told = torch.empty((rows * length, *width), dtype=dtype, device=student.device)
-        told = told.contiguous()
-        dist.broadcast(told, src=source, group=student.replica_group)
+            scored = torch.empty((rows * length, *width), dtype=dtype, device=student.device)
+        scored = scored.contiguous()
+        dist.broadcast(scored, src=source, group=student.replica_group)
         if not student.is_last_stage:
             return None
         if student.cp_size > 1:
             columns = context_columns(length, batch.cu_seqlens, student.cp_rank, student.cp_size)
-            told = told.unflatten(0, (rows, length))[:, columns.to(told.device)].flatten(0, 1)
+            scored = scored.unflatten(0, (rows, length))[:, columns.to(scored.device)].flatten(0, 1)
         if not full:
-            return FrozenScores(logprobs=told)
-        states = told.unflatten(0, (rows, -1)).transpose(0, 1)  # [L, R, D]
+            return FrozenScores(logprobs=scored)
+        states = scored.unflatten(0, (rows, -1)).transpose(0, 1)  # [L, R, D]
         return FrozenScores(states=store.put(states, states.shape[0]), head=self.student_head)
 
     @cached_property
@@ -205,12 +205,12 @@ class Frozen:
         Under the student's tensor parallelism they are the model's own; otherwise they are brought
         together from its first copy, one shard at a time. Collective over the replica then.
         """
-        mine, student = self.model.groups, self.student
-        if mine is student:
+        own, student = self.model.groups, self.student
+        if own is student:
             return self.model.last_chunk.lm_head_weight().detach()
         place = None
-        if mine.is_last_stage and mine.copy == 0:
-            place = (mine.tp_rank, dist.get_rank())
+        if own.is_last_stage and own.copy == 0:
+            place = (own.tp_rank, dist.get_rank())
         places: list[tuple[int, int] | None] = [None] * student.replica_group.size()
         dist.all_gather_object(places, place, group=student.replica_group)
         each = _padded_rows(self.model, student)
@@ -219,22 +219,22 @@ class Frozen:
             each, self.model.hf_config.hidden_size, dtype=self.model.dtype, device=student.device
         )
         for shard, source in sorted(p for p in places if p is not None):
-            theirs = self._head_shard(source, student)
-            begin = shard * theirs.shape[0]
-            low, high = max(first, begin), min(first + each, begin + theirs.shape[0])
+            shard_rows = self._head_shard(source, student)
+            begin = shard * shard_rows.shape[0]
+            low, high = max(first, begin), min(first + each, begin + shard_rows.shape[0])
             if low < high:
-                head[low - first : high - first] = theirs[low - begin : high - begin]
+                head[low - first : high - first] = shard_rows[low - begin : high - begin]
         return head
 
     def _head_shard(self, source: int, student: Groups) -> Tensor:
         """One tensor parallel rank's rows of the model's head, on all ranks of the replica."""
-        mine = self.model.groups
-        rows = _padded_rows(self.model, mine)
+        own = self.model.groups
+        rows = _padded_rows(self.model, own)
         if dist.get_rank() == source:
             shard = self.model.last_chunk.lm_head_weight().detach().contiguous()
         else:
             shard = torch.empty(
-                rows, self.model.hf_config.hidden_size, dtype=self.model.dtype, device=mine.device
+                rows, self.model.hf_config.hidden_size, dtype=self.model.dtype, device=own.device
             )
         dist.broadcast(shard, src=source, group=student.replica_group)
         return shard

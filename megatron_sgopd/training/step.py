@@ -6,7 +6,7 @@ The step's loss is over the global batch of B rollouts, whatever the micro-batch
     token_mean            sum_it l_it / sum_i |y_i|
 
 Each token carries its share of that mean as `token_scale`, so that the gradients of all
-micro-batches, replicas and context parallel ranks simply add up; Megatron is told to divide by
+micro-batches, replicas and context parallel ranks simply add up; Megatron is made to divide by
 nothing. (Its own per-token loss divides by an integer token count, which the first form is not.)
 """
 

@@ -217,8 +217,12 @@ def status(name: str) -> Iterator[str]:
     states = experiment.status(return_dict=True)
     for job, task in zip(experiment.jobs, experiment.tasks, strict=True):
         run_dir = Path(task.metadata[RUN_DIR])
-        told = run_dir / "status"
-        progress = told.read_text(encoding="utf-8").strip() if told.is_file() else "not begun"
+        status_file = run_dir / "status"
+        progress = (
+            status_file.read_text(encoding="utf-8").strip()
+            if status_file.is_file()
+            else "not begun"
+        )
         metrics = run_dir / "metrics.jsonl"
         steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         yield (

@@ -45,9 +45,9 @@ def table(results: Sequence[Result]) -> list[str]:
             capability = key[0]
             lines.append(capability)
         marks = "".join(_mark(mine.get(w)).rjust(6) for w in worlds)
-        told = worst([x for r in mine.values() for x in r.readings])
+        readings = worst([x for r in mine.values() for x in r.readings])
         name = f"  {key[1]}".ljust(NAME_WIDTH)
-        lines.append(f"{name}{marks}  {'   '.join(map(_told, told))}".rstrip())
+        lines.append(f"{name}{marks}  {'   '.join(map(_reading, readings))}".rstrip())
         failures = dict.fromkeys(r.failure for r in mine.values() if r.failure)
         lines += [f"{'':<{NAME_WIDTH}}  {failure}" for failure in failures]
     return lines
@@ -103,5 +103,5 @@ def _mark(result: Result | None) -> str:
     return "ok" if result.passed else "FAIL"
 
 
-def _told(reading: Reading) -> str:
+def _reading(reading: Reading) -> str:
     return f"{reading.quantity} {reading.error:.2g} / {reading.bound:.2g}"

@@ -279,7 +279,7 @@ class VllmEngine:
     def sleep(self) -> None:
         """Colocated engines give up the devices' memory while the trainer trains."""
         if self._colocated and not self._asleep:
-            self._tell(lambda client: client.sleep(keep_weights=self._weights is None))
+            self._ask_each(lambda client: client.sleep(keep_weights=self._weights is None))
             self._asleep = True
 
     def wake_up(self) -> None:
@@ -287,7 +287,7 @@ class VllmEngine:
         all ranks.
         """
         if self._asleep:
-            self._tell(lambda client: client.wake_up())
+            self._ask_each(lambda client: client.wake_up())
             self._asleep = False
             any_rank(False, self._groups)  # another replica may ask this one's engine
 
@@ -298,29 +298,29 @@ class VllmEngine:
             EngineLost: one breaks off each time it is asked.
         """
         for _ in range(self._max_restarts + 1):
-            told = self._tell(ask)
-            if not any_rank(len(told) < len(self._owned), self._groups):
-                return told
+            answers = self._ask_each(ask)
+            if not any_rank(len(answers) < len(self._owned), self._groups):
+                return answers
             self.recover()
         raise EngineLost(f"a vLLM engine does not answer after a push; {self._reason}")
 
-    def _tell(self, act: Callable[[VllmClient], Any]) -> list[tuple[str, Any]]:
+    def _ask_each(self, act: Callable[[VllmClient], Any]) -> list[tuple[str, Any]]:
         """(URL, what it says) of the engines this rank owns; those that do not answer are left to
         `recover` or the next push."""
-        told = []
+        answers = []
         for remote in self._owned:
             try:
-                told.append((remote.client.url, act(remote.client)))
+                answers.append((remote.client.url, act(remote.client)))
             except EngineDown as error:
                 self._give_up(remote, error)
-        return told
+        return answers
 
     def incidents(self) -> dict[str, float]:
         """Engines that came back, and requests sent again, so far in the run. Collective."""
         device = self._groups.device
-        told = torch.tensor([self._restarts, self._resent], dtype=torch.float32, device=device)
-        dist.all_reduce(told)
-        return {"engine/restarts": float(told[0]), "engine/requests_resent": float(told[1])}
+        counts = torch.tensor([self._restarts, self._resent], dtype=torch.float32, device=device)
+        dist.all_reduce(counts)
+        return {"engine/restarts": float(counts[0]), "engine/requests_resent": float(counts[1])}
 
     def close(self) -> None:
         """Ends the servers that this rank started."""

@@ -80,8 +80,8 @@ class WeightSender:
             torch.cuda.synchronize(bucket.flat.device)  # the workers read what is there now
             self._client.update(entries, {"handles": export_handle(bucket.flat)})
         else:
-            told = self._thread.submit(self._client.update, entries, {})
-            _both(told, broadcast(self._group, bucket.flat))
+            request = self._thread.submit(self._client.update, entries, {})
+            _both(request, broadcast(self._group, bucket.flat))
 
     def finish(self, policy_version: int) -> None:
         """Sets the version of the weights, and reads it back."""
@@ -112,14 +112,14 @@ class WeightSender:
             "master_port": port,
             "world_size": world,
         }
-        told = self._thread.submit(self._client.init_transfer, info)
+        request = self._thread.submit(self._client.init_transfer, info)
         joined = _in_thread(lambda: make_group(self.transport, address, port, 0, world, TIMEOUT_S))
         while not joined.done():
-            if told.done() and (error := told.exception()):
+            if request.done() and (error := request.exception()):
                 raise error  # the group's thread gives up at its own timeout
             time.sleep(POLL_S)
         self._group, self._store = joined.result()
-        told.result()
+        request.result()
         self._open = True
 
 
@@ -137,17 +137,17 @@ def _in_thread(work: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def _both(told: Future[Any], work: Any) -> None:
+def _both(request: Future[Any], work: Any) -> None:
     """Waits for broadcast and answer; a failing one is not waited for by way of the other."""
     while not work.is_completed():
-        if told.done() and (error := told.exception()):
+        if request.done() and (error := request.exception()):
             raise error
         time.sleep(POLL_S)
     try:
         work.wait()
     except RuntimeError as error:  # a worker of the engine is gone
         raise EngineDown(f"the broadcast of weights broke: {error}") from error
-    told.result()
+    request.result()
 
 
 def _address_towards(url: str) -> str:
