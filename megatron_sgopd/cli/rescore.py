@@ -57,8 +57,8 @@ def _config(folder: Path, overrides: list[str]) -> Config:
     before, config = (load_config(recipe, o, unread=["data.train"]) for o in ([], overrides))
     if other := [key for key in diff(before, config) if not key.startswith(READ)]:
         raise ConfigError(
-            f"rescore does not read {other[0]}: the samples are what they are; it takes verifier.*, "
-            "evaluation.k and evaluation.bootstrap_samples"
+            f"rescore does not read {other[0]}: the samples are what they are; it takes "
+            "verifier.*, evaluation.k and evaluation.bootstrap_samples"
         )
     check(config)
     return config
