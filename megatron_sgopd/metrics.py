@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, sums reduced over ranks, spans of time, progress.
+"""Writes metrics.jsonl, reduces sums over ranks, takes times, and shows progress.
 
 Names are `area/quantity`.
 """

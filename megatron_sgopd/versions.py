@@ -1,4 +1,4 @@
-"""Which versions are installed, and whether they are those this project was tested with."""
+"""Tells which versions are installed, and whether this project was tested with them."""
 
 from __future__ import annotations
 

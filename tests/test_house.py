@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -135,6 +136,28 @@ def broken_contracts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     _, details = result.stdout.split("Broken contracts", maxsplit=1)
     parts = re.split(r"^(.+)\n-{3,}$", details, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+# A docstring that begins like this cannot be read without the signature.
+NO_VERB = re.compile(
+    r"(Of|That|Where|Whether|What|Which|In|For|By|With|From|To|At|On|How|When|Who|As|If|Around|Until"
+    r"|Without|Between|Inside)\b"
+)
+NO_NAMES = {"told", "odd"}  # of variables: they say nothing of what they hold
+
+
+def test_docstrings_begin_with_a_verb_and_names_say_what_they_hold():
+    docstrings, names = [], []
+    for path in sorted((ROOT / "megatron_sgopd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "").partition("\n")[0]
+                if NO_VERB.match(first):
+                    docstrings.append(f"{path.name}: {first}")
+            elif isinstance(node, ast.Name) and node.id in NO_NAMES:
+                names.append(f"{path.name}:{node.lineno}: {node.id}")
+    assert docstrings == []
+    assert names == []
 
 
 def test_layers_and_boundaries_hold():

@@ -1,4 +1,4 @@
-"""What is measured: one objective in one form on one shape is a case. Imports no torch.
+"""Lists what is measured: an objective in a form on a shape is a case. Imports no torch.
 
 Shapes: T tokens, V the whole vocabulary, D hidden.
 """

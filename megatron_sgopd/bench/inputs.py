@@ -1,4 +1,4 @@
-"""What a case is measured on: drawn models of a moderate divergence, and their shards.
+"""Draws what a case is measured on: models of a moderate divergence, and their shards.
 
 The student is its parent's logits plus noise, as after some distillation: 0.5 nats to the teacher,
 less to the reference. Drawn alike on every rank from one seed.

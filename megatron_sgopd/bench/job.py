@@ -1,4 +1,4 @@
-"""What the command hands to one worker. Imports no torch."""
+"""Describes what the command asks of one worker. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine can do, measured in this run, and the least time a case needs by it.
+"""Measures what this machine can do, and by it the least time that a case needs.
 
 The floor of an objective: its exponentials, or its bytes where those take longer, and its matrix
 products. On a GPU the bytes decide, on a CPU the exponentials.

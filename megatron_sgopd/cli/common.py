@@ -1,4 +1,4 @@
-"""What the commands share: the recipe argument, and a rank's place in its job."""
+"""Holds what the commands share: the recipe argument, and a rank's place in its job."""
 
 from __future__ import annotations
 

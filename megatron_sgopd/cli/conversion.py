@@ -1,4 +1,4 @@
-"""How the converters in `tools/` run: checks first, then ranks of their own, on the CPU.
+"""Runs the converters of `tools/`: checks first, then ranks of their own, on the CPU.
 
 `python -m megatron_sgopd.cli.conversion FOLDER JOB` is such a rank.
 """

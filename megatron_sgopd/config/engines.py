@@ -1,4 +1,4 @@
-"""What a recipe may ask of its rollout engine, checked before anything is started."""
+"""Checks what a recipe asks of its rollout engine before anything is started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation is of, and a recipe as an evaluation reads it."""
+"""Names what an evaluation is of, and turns a recipe into what an evaluation reads."""
 
 from __future__ import annotations
 

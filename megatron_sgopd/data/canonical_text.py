@@ -1,4 +1,4 @@
-"""When two problem texts are one: a form without typesetting, and the words of a text."""
+"""Brings a problem's text to a form without typesetting, and cuts it into words."""
 
 from __future__ import annotations
 

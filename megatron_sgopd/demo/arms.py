@@ -1,4 +1,4 @@
-"""What the demonstration compares, and what its phases override in the recipes."""
+"""Lists what the demonstration compares, and what its phases override in the recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From evaluations to the table, the summary, and sentences that say no more than the figures."""
+"""Makes table, summary, and sentences that say no more than the figures, of evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether one node can take its part in a job: what would else show as a hang, minutes later.
+"""Checks that a node can take its part in a job: else it would hang, minutes later.
 
 Takes a placement and this node's name; gives what is wrong, a line each. No torch is imported: all
 nodes answer within seconds.

@@ -1,4 +1,4 @@
-"""Where the processes of a Slurm job go: trainers on the first nodes, vLLM servers on the last.
+"""Places the processes of a Slurm job: trainers on the first nodes, vLLM servers on the last.
 
 A pure function of the recipe, the job's nodes and its number: the batch script asks once, and every
 node that checks itself comes to the same answer. Ports come from the job's number, so that jobs on

@@ -1,4 +1,4 @@
-"""What `sgopd launch` submits: where (executors, of a file the user keeps) and what (runs).
+"""Reads what `sgopd launch` submits: where (executors, of a user's file) and what (runs).
 
 Nothing here knows nemo-run, so that mistakes are found before it is loaded, in any environment. A
 run on Slurm is `slurm/sgopd_8node.sh` with the options of its own #SBATCH lines: what a person

@@ -1,4 +1,4 @@
-"""What a conversion between Hugging Face and Megatron is asked to do, checked before it begins.
+"""Checks what a conversion between Hugging Face and Megatron is asked to do before it begins.
 
 `conversion_ranks` does it, on ranks that `cli.conversion` starts for the programs in `tools/`.
 """

@@ -1,4 +1,4 @@
-"""What can be found out about a recipe before a model is loaded: `sgopd doctor`, `sgopd train`.
+"""Checks a recipe before a model is loaded, for `sgopd doctor` and `sgopd train`.
 
 Findings come out, also of what cannot be read at all: nothing is raised.
 """

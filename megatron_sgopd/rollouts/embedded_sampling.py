@@ -1,4 +1,4 @@
-"""From the logits of a decoding step to its tokens, and from all steps to completions.
+"""Draws the tokens of a decoding step from its logits, and makes completions of all steps.
 
 Each request draws from uniforms of its own, which its seed alone makes: the same tokens in any
 batch, on any device.

@@ -1,4 +1,4 @@
-"""How far apart two scorings of the same weights come out: what must not open the gate.
+"""Measures how far apart two scorings of the same weights come out: it must open no gate.
 
 `gate.eps: auto` is measured once, at the start of a run: the student is scored through the frozen
 path as if it were its own teacher, and through the trainer's forward pass, in the layout and the

@@ -1,4 +1,4 @@
-"""Which back end runs an objective's passes: plain PyTorch, or Triton on NVIDIA GPUs.
+"""Chooses the back end of an objective's passes: plain PyTorch, or Triton on NVIDIA GPUs.
 
 Triton is imported when it is first needed and never by importing this package.
 """

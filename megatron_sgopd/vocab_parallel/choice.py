@@ -1,4 +1,4 @@
-"""Which objective the caller's options ask for, and what of them does not go together."""
+"""Chooses the objective that options ask for, and refuses options that do not go together."""
 
 from __future__ import annotations
 

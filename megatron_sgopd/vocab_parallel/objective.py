@@ -1,4 +1,4 @@
-"""What an objective is: two passes over rows with the method's coefficients between them.
+"""Defines an objective: two passes over rows with the method's coefficients between them.
 
 *Statistics*: each rank reduces its shard of every row to a few columns, one all-gather brings them
 together, every rank merges them alike. *Gradient*: each rank writes the gradient of its own logits.

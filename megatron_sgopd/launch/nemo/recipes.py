@@ -1,4 +1,4 @@
-"""What nemo-run's own command finds: `nemorun sgopd train --factory RECIPE … key=value`.
+"""Serves nemo-run's own command: `nemorun sgopd train --factory RECIPE … key=value`.
 
 Every recipe of the project's folder is a factory, every executor of the user's file one too. A run
 is submitted as `sgopd launch` submits it, whatever executor it is given.

@@ -1,4 +1,4 @@
-"""What the suite may call: a function named MODULE:NAME, and what else its author declares.
+"""Loads what the suite calls: a function named MODULE:NAME, and what its author declares.
 
 The function at MODULE:NAME is called on every rank of a tensor-parallel group as
 

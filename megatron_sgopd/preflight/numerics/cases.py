@@ -1,4 +1,4 @@
-"""What is tried: every case by name, the capability it needs, and the rows it is tried on.
+"""Lists every case by name, with the capability it needs and the rows it is tried on.
 
 Shapes: T tokens, V vocabulary columns held by one rank.
 """

@@ -1,4 +1,4 @@
-"""What a case measures: errors beside their bounds, on one rank and over all. Imports no torch."""
+"""Holds what a case measures: errors beside their bounds, by rank. Imports no torch."""
 
 from __future__ import annotations
 

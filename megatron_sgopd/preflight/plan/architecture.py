@@ -1,4 +1,4 @@
-"""What the formulae need of a model: the sizes of its tensors, and its parameters on a rank.
+"""Counts a model's tensors and its parameters on a rank, for the planner's formulae.
 
 The trainer's models are those of `families`; a mixture of experts is counted by formula alone.
 """

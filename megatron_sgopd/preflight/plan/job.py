@@ -1,4 +1,4 @@
-"""Who gets which GPUs: trainer, engines of their own, and those left idle."""
+"""Decides who gets which GPUs: the trainer, engines of their own; some stay idle."""
 
 from __future__ import annotations
 

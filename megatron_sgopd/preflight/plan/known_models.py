@@ -1,4 +1,4 @@
-"""Where a model's sizes come from: its directory, the hub's cache, the table here, the hub."""
+"""Finds a model's sizes: in its directory, the hub's cache, the table here, or on the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank of a replica holds, item by item: all the time, and in each phase of a step.
+"""Counts what each rank of a replica holds, all the time and in each phase of a step.
 
 Every figure is in bytes. A phase's peak is what is there all the time, what the phase adds, and the
 reserve (`hardware`).

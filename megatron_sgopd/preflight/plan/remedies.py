@@ -1,4 +1,4 @@
-"""What to change when a recipe does not fit: keys tried in order, each kept if it helps."""
+"""Finds what to change when a recipe does not fit: keys in order, each kept if it helps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a bucket of weights gets from a trainer's rank into vLLM's workers: both ends of the wire.
+"""Moves a bucket of weights from a trainer's rank into vLLM's workers: both ends of it.
 
 gloo, nccl: one broadcast per bucket in a group of the sending rank (0) and the engine's workers
 (1, 2, ...), which is nobody's default group. ipc: the workers map the sender's CUDA memory, on the

@@ -1,4 +1,4 @@
-"""What runs inside vLLM's processes: takes the trainer's weights, and asks every caller for a key.
+"""Takes the trainer's weights inside vLLM's processes, and asks every caller for a key.
 
 The one door to vLLM. vLLM 0.32's own weight-transfer protocol (init, start, update, finish) calls
 `TrainerWeights` in each of its workers; a push is a few buckets (`weight_buckets`), which come as a
