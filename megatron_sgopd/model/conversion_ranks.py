@@ -37,7 +37,7 @@ from megatron_sgopd.model.gpt import ShardedModel, build_model, global_name
 from megatron_sgopd.model.hf_reader import StoredWeights
 from megatron_sgopd.model.hf_writer import ORIGIN_FILE, copy_companions, write_hf_dir
 from megatron_sgopd.model.model_card import origin_json
-from megatron_sgopd.model.weight_stream import iter_hf_weights, join_parts, source_names
+from megatron_sgopd.model.weight_stream import iter_hf_weights, join_parts, source_of
 
 CPU = torch.device("cpu")
 
@@ -130,9 +130,9 @@ class _Reader:
         if stacked:
             key = key.replace("layers.", f"layers.{offsets.pop(0)}.", 1)
             assert sizes.pop(0) == 1, "a layer at a time"
-        names, _ = source_names(key, tied=self._model.hf_config.tie_word_embeddings)
-        parts = [self._weights.get(name) for name in names]
-        whole = join_parts(parts, names, self._rows, self._model.hf_config)
+        source = source_of(key, tied=self._model.hf_config.tie_word_embeddings)
+        parts = [self._weights.get(name) for name in source.names]
+        whole = join_parts(parts, source, self._rows, self._model.hf_config)
         for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
             whole = whole.narrow(dim, start, size)
         piece = whole.to(self._model.dtype).contiguous()

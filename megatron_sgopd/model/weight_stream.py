@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,38 +38,62 @@ from megatron_sgopd.model.hf_reader import StoredWeights, check_none_missing, ch
 
 # This rank's tensors of these Megatron parameters.
 Fetch = Callable[[Sequence[str]], Mapping[str, Tensor]]
-# Megatron name -> (Hugging Face names, dimension cut over TP); inside a layer without its prefix.
+
+
+@dataclass(frozen=True)
+class Source:
+    """The Hugging Face tensors that a Megatron parameter is made of, and how.
+
+    Attributes:
+        names: in their order.
+        dim: the dimension that is cut over tensor parallel ranks; None: every rank has all of it.
+        layout: `plain`, one tensor; `vocabulary`, one whose rows are padded; `qkv`, three, mixed
+            group by group; `gate_up`, two, of which each rank holds its rows of both.
+    """
+
+    names: tuple[str, ...]
+    dim: int | None
+    layout: Literal["plain", "vocabulary", "qkv", "gate_up"] = "plain"
+
+
+# By Megatron's names; those of a layer without its prefix.
 TOP = {
-    "embedding.word_embeddings.weight": ((EMBEDDING,), 0),
-    "decoder.final_layernorm.weight": (("model.norm.weight",), None),
-    "output_layer.weight": ((HEAD,), 0),
+    "embedding.word_embeddings.weight": Source((EMBEDDING,), 0, "vocabulary"),
+    "decoder.final_layernorm.weight": Source(("model.norm.weight",), None),
+    "output_layer.weight": Source((HEAD,), 0, "vocabulary"),
 }
-LAYER: dict[str, tuple[tuple[str, ...], int | None]] = {
-    "input_layernorm.weight": (("input_layernorm.weight",), None),
-    "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), None),
-    "self_attention.linear_qkv.weight": (QKV, 0),
-    "self_attention.linear_qkv.bias": (QKV_BIAS, 0),
-    "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), 1),
-    "self_attention.q_layernorm.weight": (("self_attn.q_norm.weight",), None),
-    "self_attention.k_layernorm.weight": (("self_attn.k_norm.weight",), None),
-    "mlp.linear_fc1.weight": (GATE_UP, 0),
-    "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), 1),
+LAYER = {
+    "input_layernorm.weight": Source(("input_layernorm.weight",), None),
+    "pre_mlp_layernorm.weight": Source(("post_attention_layernorm.weight",), None),
+    "self_attention.linear_qkv.weight": Source(QKV, 0, "qkv"),
+    "self_attention.linear_qkv.bias": Source(QKV_BIAS, 0, "qkv"),
+    "self_attention.linear_proj.weight": Source(("self_attn.o_proj.weight",), 1),
+    "self_attention.q_layernorm.weight": Source(("self_attn.q_norm.weight",), None),
+    "self_attention.k_layernorm.weight": Source(("self_attn.k_norm.weight",), None),
+    "mlp.linear_fc1.weight": Source(GATE_UP, 0, "gate_up"),
+    "mlp.linear_fc2.weight": Source(("mlp.down_proj.weight",), 1),
     # Transformer Engine fuses the norms into the linears; the content is the same.
-    "self_attention.linear_qkv.layer_norm_weight": (("input_layernorm.weight",), None),
-    "mlp.linear_fc1.layer_norm_weight": (("post_attention_layernorm.weight",), None),
+    "self_attention.linear_qkv.layer_norm_weight": Source(("input_layernorm.weight",), None),
+    "mlp.linear_fc1.layer_norm_weight": Source(("post_attention_layernorm.weight",), None),
 }
 
 
-def hf_names(megatron_name: str) -> tuple[tuple[str, ...], int | None]:
-    """The Hugging Face tensors a Megatron parameter is made of, and the dimension cut over TP."""
+def source_of(megatron_name: str, *, tied: bool = False) -> Source:
+    """Returns what a Megatron parameter is made of; `tied`: a head is read from the embedding.
+
+    Raises:
+        ValueError: a name that is not in the table.
+    """
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
     table, key, prefix = (
         (LAYER, match[2], f"model.layers.{match[1]}.") if match else (TOP, megatron_name, "")
     )
     if key not in table:
         raise ValueError(f"no Hugging Face name is known for Megatron's {megatron_name!r}")
-    names, dim = table[key]
-    return tuple(prefix + n for n in names), dim
+    source = table[key]
+    if tied and source.names == (HEAD,):
+        return replace(source, names=(EMBEDDING,))
+    return replace(source, names=tuple(prefix + name for name in source.names))
 
 
 # -- Hugging Face -> Megatron ----------------------------------------------------------------------
@@ -109,70 +134,65 @@ def init_random_weights(model: ShardedModel, seed: int) -> None:
 @torch.no_grad()
 def load_stream(model: ShardedModel, stream: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Consumes (name, full tensor) pairs in any order, each name exactly once."""
-    expected = hf_shapes(model.hf_config)
+    expected, tied = hf_shapes(model.hf_config), model.hf_config.tie_word_embeddings
     waiting = {
-        name: (p, *source_names(name, tied=model.hf_config.tie_word_embeddings))
-        for name, p in model.named_parameters()
-    }
-    wanted = {n for _, names, _ in waiting.values() for n in names}  # on this pipeline stage
+        name: (p, source_of(name, tied=tied)) for name, p in model.named_parameters()
+    }  # on this pipeline stage
+    users: dict[str, list[str]] = {}  # Hugging Face name -> parameters that are made of it
+    for name, (_, made_of) in waiting.items():
+        for hf_name in made_of.names:
+            users.setdefault(hf_name, []).append(name)
     held: dict[str, Tensor] = {}
     seen: set[str] = set()
     for name, tensor in stream:
-        if name == HEAD and model.hf_config.tie_word_embeddings:
+        if name == HEAD and tied:
             continue  # some writers store the tied head a second time
         check_tensor(name, tuple(tensor.shape), expected, source)
         if name in seen:
             raise ValueError(f"{source} holds {name!r} twice")
         seen.add(name)
-        if name not in wanted:
+        if name not in users:
             continue
         held[name] = tensor
-        ready = [k for k, (_, names, _) in waiting.items() if set(names) <= held.keys()]
-        for key in ready:
-            parameter, names, dim = waiting.pop(key)
-            parameter.copy_(_to_shard([held[n] for n in names], names, dim, model, parameter))
-        still = {n for _, names, _ in waiting.values() for n in names}
-        held = {n: t for n, t in held.items() if n in still}
+        for key in list(users[name]):
+            parameter, made_of = waiting[key]
+            if not held.keys() >= set(made_of.names):
+                continue
+            parts = [held[n] for n in made_of.names]
+            parameter.copy_(_to_shard(parts, made_of, model, parameter))
+            del waiting[key]
+            for hf_name in made_of.names:
+                users[hf_name].remove(key)
+                if not users[hf_name]:  # a tensor is kept only as long as a parameter lacks it
+                    del held[hf_name]
     check_none_missing(seen, expected, source)
     assert not waiting, f"no tensor came for {sorted(waiting)}"
 
 
-def source_names(megatron_name: str, *, tied: bool) -> tuple[tuple[str, ...], int | None]:
-    """`hf_names`, with a tied head read from the embedding."""
-    names, dim = hf_names(megatron_name)
-    return ((EMBEDDING,), dim) if tied and names == (HEAD,) else (names, dim)
-
-
-def _to_shard(
-    parts: list[Tensor],
-    names: tuple[str, ...],
-    dim: int | None,
-    model: ShardedModel,
-    like: Tensor,
-) -> Tensor:
-    """This rank's Megatron tensor, of the shape of `like`, from whole Hugging Face tensors."""
-    groups = model.groups
+def _to_shard(parts: list[Tensor], source: Source, model: ShardedModel, like: Tensor) -> Tensor:
+    """Makes this rank's Megatron tensor, of the shape of `like`, from Hugging Face tensors."""
+    groups, dim = model.groups, source.dim
 
     def cut(x: Tensor) -> Tensor:
         return x if dim is None else x.chunk(groups.tp_size, dim)[groups.tp_rank]
 
-    if len(parts) == 2:
+    if source.layout == "gate_up":
         return torch.cat([cut(x) for x in parts])
     rows = like.shape[0] * (groups.tp_size if dim == 0 else 1)
-    return cut(join_parts(parts, names, rows, model.hf_config))
+    return cut(join_parts(parts, source, rows, model.hf_config))
 
 
-def join_parts(parts: list[Tensor], names: tuple[str, ...], rows: int, hf_config: Any) -> Tensor:
-    """The parameter of all TP ranks together, as Megatron's checkpoints hold it.
+def join_parts(parts: list[Tensor], source: Source, rows: int, hf_config: Any) -> Tensor:
+    """Makes the parameter of all TP ranks together, as Megatron's checkpoints hold it.
 
     `rows`: with those that pad the vocabulary, zeros.
     """
-    if len(parts) == 3:
+    if source.layout == "qkv":
         return _interleave_qkv(parts, hf_config)
-    if len(parts) == 2:
+    if source.layout == "gate_up":
         return torch.cat(parts)
     (whole,) = parts
-    if names[0] in (EMBEDDING, HEAD) and (pad := rows - whole.shape[0]):
+    if source.layout == "vocabulary" and (pad := rows - whole.shape[0]):
         return torch.cat([whole, whole.new_zeros(pad, whole.shape[1])])
     return whole
 
@@ -209,18 +229,20 @@ def iter_hf_weights(
     # What lies on which stage: a tied head counts as the first stage's embedding.
     held = gather_objects([(name, p.dtype) for name, p in mine.items()], groups.pp_group)
     places = [(stage, *entry) for stage, entries in enumerate(held) for entry in entries]
-    wanted = [place for place in places if hf_names(place[1])[0][0] in shapes]
+    wanted = [place for place in places if source_of(place[1]).names[0] in shapes]
     for _, layer in groupby(sorted(wanted, key=_depth), key=_depth):
         at_depth = list(layer)
         here = fetch([name for stage, name, _ in at_depth if stage == groups.pp_rank])
         for stage, name, dtype in at_depth:
-            names, dim = hf_names(name)
+            source = source_of(name)
             shards = None
             if stage == groups.pp_rank:
-                shards = _all_shards(here[name].detach(), model, cut=dim is not None)
-            for i, hf_name in enumerate(names):  # one by one: a copy beside its parameter's shards
+                shards = _all_shards(here[name].detach(), model, cut=source.dim is not None)
+            for i, hf_name in enumerate(
+                source.names
+            ):  # one by one: a copy beside its parameter's shards
                 if shards is not None:
-                    tensor = _from_shards(shards, i, names, dim, model)
+                    tensor = _from_shards(shards, i, source, model)
                 else:
                     tensor = torch.empty(shapes[hf_name], dtype=dtype, device=groups.device)
                 yield hf_name, _from_stage(tensor, stage, groups.pp_group)
@@ -257,15 +279,13 @@ def _all_shards(tensor: Tensor, model: ShardedModel, *, cut: bool) -> Tensor:
     return shards
 
 
-def _from_shards(
-    shards: Tensor, index: int, names: tuple[str, ...], dim: int | None, model: ShardedModel
-) -> Tensor:
-    """The `index`-th of the Hugging Face tensors that a parameter is made of; a view if it can."""
-    if len(names) == 2:  # each rank's rows of gate, then its rows of up
+def _from_shards(shards: Tensor, index: int, source: Source, model: ShardedModel) -> Tensor:
+    """Returns the `index`-th of the tensors that a parameter is made of; a view if it can."""
+    if source.layout == "gate_up":  # each rank's rows of gate, then its rows of up
         return shards.unflatten(1, (2, -1))[:, index].flatten(0, 1)
-    if dim == 1:
+    if source.dim == 1:
         return torch.cat(shards.unbind(), 1)
-    whole = shards.flatten(0, 1) if dim == 0 else shards[0]
-    if len(names) == 3:
+    whole = shards.flatten(0, 1) if source.dim == 0 else shards[0]
+    if source.layout == "qkv":
         return _split_qkv(whole, index, model.hf_config)
-    return whole[: model.true_vocab_size] if names[0] in (EMBEDDING, HEAD) else whole
+    return whole[: model.true_vocab_size] if source.layout == "vocabulary" else whole

@@ -18,7 +18,7 @@ from megatron_sgopd.model.families import hf_shapes
 from megatron_sgopd.model.hf_location import INDEX, read_hf_config, resolve_hf_dir, weight_files
 from megatron_sgopd.model.hf_reader import StoredWeights, iter_safetensors
 from megatron_sgopd.model.hf_writer import write_hf_dir
-from megatron_sgopd.model.weight_stream import hf_names
+from megatron_sgopd.model.weight_stream import source_of
 from tests.support import model_cases
 from tests.support.model_cases import digests
 from tests.support.tiny import make_hf_dir
@@ -122,7 +122,7 @@ def test_the_expected_shapes_are_those_of_transformers(name: str, paths: dict[st
 @pytest.mark.parametrize("name", ["decoder.layers.0.mlp.router.weight", "rotary.inv_freq"])
 def test_an_unknown_megatron_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"no Hugging Face name is known for Megatron's '{name}'"):
-        hf_names(name)
+        source_of(name)
 
 
 Q1 = "model.layers.1.self_attn.q_proj.weight"

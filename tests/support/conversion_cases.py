@@ -28,7 +28,7 @@ from megatron_sgopd.model.gpt import ShardedModel
 from megatron_sgopd.model.hf_location import read_hf_config
 from megatron_sgopd.model.hf_reader import StoredWeights, iter_safetensors
 from megatron_sgopd.model.hf_writer import write_hf_dir
-from megatron_sgopd.model.weight_stream import iter_hf_weights, join_parts, source_names
+from megatron_sgopd.model.weight_stream import iter_hf_weights, join_parts, source_of
 from megatron_sgopd.training.checkpoint import Companions, TrainState, save_checkpoint
 from megatron_sgopd.training.step import train_step
 from tests.support import step_cases
@@ -212,9 +212,9 @@ def differs_from_bridge(path: str) -> list[str]:
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
     odd = []
     for name, parameter in model.named_parameters():
-        names, _ = source_names(name.removeprefix("module."), tied=hf_config.tie_word_embeddings)
-        parts = [stored.get(part) for part in names]
-        ours = join_parts(parts, names, parameter.shape[0], hf_config)
+        source = source_of(name.removeprefix("module."), tied=hf_config.tie_word_embeddings)
+        parts = [stored.get(part) for part in source.names]
+        ours = join_parts(parts, source, parameter.shape[0], hf_config)
         if not torch.equal(parameter.cpu(), ours.to(parameter.dtype)):
             odd.append(name)
     return odd

@@ -22,11 +22,11 @@ from megatron_sgopd.model.hf_location import read_hf_config
 from megatron_sgopd.model.hf_reader import iter_safetensors
 from megatron_sgopd.model.hf_writer import write_hf_dir
 from megatron_sgopd.model.weight_stream import (
-    hf_names,
     init_random_weights,
     iter_hf_weights,
     load_hf_weights,
     load_stream,
+    source_of,
 )
 from megatron_sgopd.rollouts.embedded_engine import EmbeddedEngine
 from megatron_sgopd.types import Completion, Request
@@ -103,7 +103,7 @@ def tensor_parallel_marks(path: str, tp: int) -> dict[str, tuple[bool, int | Non
             name: (
                 bool(getattr(p, "tensor_model_parallel", False)),
                 getattr(p, "partition_dim", None),
-                hf_names(name)[1],
+                source_of(name).dim,
             )
             for name, p in model.named_parameters()
         }
