@@ -266,7 +266,7 @@ def test_what_saves_memory_saves_it_in_the_training_phase(key: str) -> None:
         ["distill.estimator=full_vocab", "rollout.tis=none", "parallel.overlap_grad_reduce=false"],
     )
     dear, cheap = (
-        make_plan(with_values(base, {key: value}), EIGHT, GPUS["b200"], {}).fullest.total("train")
+        make_plan(with_values(base, [{key: value}]), EIGHT, GPUS["b200"], {}).fullest.total("train")
         for value in SAVING[key]
     )
     assert cheap < dear - 0.1 * GIB
