@@ -66,8 +66,8 @@ def run_kl(options: Options) -> int:
     for name in names:
         is_last = name == names[-1]
         # Large products of matrices take longest, and leave the allocator least to decide.
-        mine = [case for case in chosen if is_last or not (case.form == "fused" and case.is_large)]
-        for found in _worker(_job(mine, options, name, with_error=is_last)) if mine else ():
+        own = [case for case in chosen if is_last or not (case.form == "fused" and case.is_large)]
+        for found in _worker(_job(own, options, name, with_error=is_last)) if own else ():
             if "case" in found:
                 seconds = time.monotonic() - start
                 print(f"{seconds:.0f} s, {name}: {found['case']}", file=sys.stderr, flush=True)

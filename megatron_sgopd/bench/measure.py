@@ -72,9 +72,9 @@ def times(
     return found
 
 
-def time_ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
+def time_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     """Give the median over rounds of this time over that one's in the same round."""
-    return median(a / b for a, b in zip(mine, theirs, strict=True))
+    return median(a / b for a, b in zip(times, base, strict=True))
 
 
 def _clock(batch: Batch) -> Callable[[], float]:

@@ -56,16 +56,16 @@ def _run(functions: list[Callable[[], Any]]) -> list[Any]:
     context = multiprocessing.get_context("fork")
     children = []
     for function in functions:
-        mine, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_serve, args=(theirs, function))
+        own, other = context.Pipe(duplex=False)
+        child = context.Process(target=_serve, args=(other, function))
         child.start()
-        theirs.close()
-        children.append((child, mine))
+        other.close()
+        children.append((child, own))
     try:
-        return [_result(mine) for _, mine in children]
+        return [_result(own) for _, own in children]
     finally:
-        for child, mine in children:
-            mine.close()
+        for child, own in children:
+            own.close()
             child.kill()  # it has answered, or another rank has failed
             child.join()
 

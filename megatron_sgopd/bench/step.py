@@ -210,7 +210,7 @@ class StepFailed(RuntimeError):
 
 def _rows(found: dict[str, list[Run]], options: Options) -> list[dict[str, Any]]:
     figures = {name: _figures(runs) for name, runs in found.items()}
-    theirs = figures[THEIRS]
+    other = figures[THEIRS]
     rows = []
     for name, own in figures.items():
         package = "megatron_sgopd" if name in OURS else "trl"
@@ -219,9 +219,9 @@ def _rows(found: dict[str, list[Run]], options: Options) -> list[dict[str, Any]]
             "ours": name in OURS,
             "vocab": options.vocab,
             "environment": options.environment,
-            "time_ratio_to_trl": own["seconds_per_step"] / theirs["seconds_per_step"],
-            "cpu_ratio_to_trl": own["cpu_seconds_per_step"] / theirs["cpu_seconds_per_step"],
-            "memory_ratio_to_trl": own["trainer_peak_mb"] / theirs["trainer_peak_mb"],
+            "time_ratio_to_trl": own["seconds_per_step"] / other["seconds_per_step"],
+            "cpu_ratio_to_trl": own["cpu_seconds_per_step"] / other["cpu_seconds_per_step"],
+            "memory_ratio_to_trl": own["trainer_peak_mb"] / other["trainer_peak_mb"],
             **own,
             "package": package,
             "version": installed(package),

@@ -93,10 +93,10 @@ def case_rows(case: Case, job: Job, rates: Rates) -> tuple[list[dict[str, Any]],
         return [], failed | {ALL: str(error)}
     floor = rates.floor_seconds(case)
     rows = [_row(case, job, v, found[v.name], times, floor) for v in working]
-    theirs = [v.name for v in working if not v.ours and not v.is_plain]
+    other = [v.name for v in working if not v.ours and not v.is_plain]
     for row in (row for row in rows if row["ours"]):
         row["time_ratio_to"] = {
-            name: measure.time_ratio(times[row["name"]], times[name]) for name in theirs
+            name: measure.time_ratio(times[row["name"]], times[name]) for name in other
         }
     return rows, failed
 
@@ -109,13 +109,13 @@ def _row(
     times: dict[str, list[float]],
     floor: float,
 ) -> dict[str, Any]:
-    mine = times[variant.name]
+    own = times[variant.name]
     return {
         "name": variant.name,
         "form": case.form,
         "objective": case.objective,
         "ours": variant.ours,
-        "time_ratio_to_plain": measure.time_ratio(mine, times["plain"]),
+        "time_ratio_to_plain": measure.time_ratio(own, times["plain"]),
         "extra_memory_shards": found["extra_bytes"] / case.shard_bytes,
         "collectives_forward": found["collectives_forward"],
         "collectives_backward": found["collectives_backward"],
@@ -126,9 +126,9 @@ def _row(
         "dtype": case.dtype,
         "device": job.device,
         "allocator": job.allocator,
-        "time_ms": 1e3 * median(mine),
+        "time_ms": 1e3 * median(own),
         "floor_ms": 1e3 * floor,
-        "rounds": len(mine),
+        "rounds": len(own),
         **dict(variant.origin),
     }
 

@@ -237,12 +237,12 @@ def inner_groups(groups: Groups, tensor: int | None, pipeline: int | None) -> Gr
 def _group_of_equals(key: Any, timeout: timedelta) -> dist.ProcessGroup:
     """The group of all ranks that give the same key. Collective over all ranks."""
     members: dict[Any, list[int]] = {}
-    for rank, theirs in enumerate(gather_objects(key)):
-        members.setdefault(theirs, []).append(rank)
-    mine, _ = dist.new_subgroups_by_enumeration(list(members.values()), timeout=timeout)
-    assert mine is not None, "every rank gave a key"
-    _made.append(mine)
-    return mine
+    for rank, other in enumerate(gather_objects(key)):
+        members.setdefault(other, []).append(rank)
+    own, _ = dist.new_subgroups_by_enumeration(list(members.values()), timeout=timeout)
+    assert own is not None, "every rank gave a key"
+    _made.append(own)
+    return own
 
 
 def shutdown() -> None:

@@ -42,8 +42,8 @@ def evaluate(
     tasks = tasks_of(benchmarks, n, greedy)
     answer(sampler, engine, tasks, jobs, lambda *row: kept.append(row), advance=advance)
     groups = sampler.groups
-    mine = broadcast_object(kept, groups)
-    everything = list(chain.from_iterable(gather_objects(mine, groups.dp_group)))
+    own = broadcast_object(kept, groups)
+    everything = list(chain.from_iterable(gather_objects(own, groups.dp_group)))
     return {b.name: join(row for name, row in everything if name == b.name) for b in benchmarks}
 
 

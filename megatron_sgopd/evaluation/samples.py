@@ -45,16 +45,16 @@ def records(
     """
     out = []
     for problem in problems:
-        mine = [rows[problem["id"], i] for i in range(n)]
+        own = [rows[problem["id"], i] for i in range(n)]
         record: dict[str, Any] = {
             **problem,
             "benchmark": benchmark,
             "num_samples": n,
-            "num_correct": sum(row["is_correct"] for row in mine),
-            "is_correct": [row["is_correct"] for row in mine],
-            "completions": [row["completion"] for row in mine],
-            "lengths": [row["length"] for row in mine],
-            "truncated": sum(row["finish_reason"] == "length" for row in mine),
+            "num_correct": sum(row["is_correct"] for row in own),
+            "is_correct": [row["is_correct"] for row in own],
+            "completions": [row["completion"] for row in own],
+            "lengths": [row["length"] for row in own],
+            "truncated": sum(row["finish_reason"] == "length" for row in own),
         }
         if greedy:
             first = rows[problem["id"], GREEDY]

@@ -224,10 +224,10 @@ def iter_hf_weights(
     brings of a layer.
     """
     groups, shapes = model.groups, hf_shapes(model.hf_config)
-    mine = dict(model.named_parameters())
-    fetch = fetch or (lambda names: {name: mine[name] for name in names})
+    own = dict(model.named_parameters())
+    fetch = fetch or (lambda names: {name: own[name] for name in names})
     # What lies on which stage: a tied head counts as the first stage's embedding.
-    held = gather_objects([(name, p.dtype) for name, p in mine.items()], groups.pp_group)
+    held = gather_objects([(name, p.dtype) for name, p in own.items()], groups.pp_group)
     places = [(stage, *entry) for stage, entries in enumerate(held) for entry in entries]
     wanted = [place for place in places if source_of(place[1]).names[0] in shapes]
     for _, layer in groupby(sorted(wanted, key=_depth), key=_depth):

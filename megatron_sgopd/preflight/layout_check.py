@@ -132,9 +132,9 @@ def _compare(
 ) -> Report:
     errors, ratios = {}, {}
     for name in expected.keys() & gradients.keys():
-        ours, theirs = gradients[name].double(), expected[name].double()
-        errors[name] = float((ours - theirs).abs().max() / theirs.abs().max())
-        ratios[name] = float((ours * theirs).sum() / (theirs * theirs).sum())
+        ours, other = gradients[name].double(), expected[name].double()
+        errors[name] = float((ours - other).abs().max() / other.abs().max())
+        ratios[name] = float((ours * other).sum() / (other * other).sum())
     return Report(
         layout=layout,
         models="; ".join(
@@ -209,9 +209,14 @@ def _under_the_layout(
     }
     student = make_student(megatron["student"], config.optimizer, config.num_steps)
     share = len(rollouts) // groups.dp_size
-    mine = rollouts[groups.dp_rank * share : (groups.dp_rank + 1) * share]
+    of_this_rank = rollouts[groups.dp_rank * share : (groups.dp_rank + 1) * share]
     prepared = prepare(
-        frozen.get("teacher"), frozen.get("reference"), mine, objective, config.distill, groups
+        frozen.get("teacher"),
+        frozen.get("reference"),
+        of_this_rank,
+        objective,
+        config.distill,
+        groups,
     )
     loss, sums = accumulate_gradients(student, prepared.work, objective)
     metrics = gather_metrics(groups, loss, sums | prepared.sums, prepared.work)
@@ -238,9 +243,9 @@ def _gather_gradient_shards(ddp: Any) -> None:
     group = ddp.intra_dp_cp_group
     for buffer in ddp.buffers:
         for bucket in buffer.buckets:
-            mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            shards = [torch.empty_like(mine) for _ in range(group.size())]
-            dist.all_gather(shards, mine, group=group)
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            shards = [torch.empty_like(own) for _ in range(group.size())]
+            dist.all_gather(shards, own, group=group)
             bucket.grad_data.copy_(torch.cat(shards))
 
 

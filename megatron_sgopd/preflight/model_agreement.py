@@ -223,13 +223,14 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 
 
 def _tokenizers(student: Described, other: Described) -> Finding:
-    ours, theirs = tokenizer_parts(student.tokenizer), tokenizer_parts(other.tokenizer)
-    different = [name for name in ours if ours[name] != theirs.get(name)]
+    student_parts = tokenizer_parts(student.tokenizer)
+    other_parts = tokenizer_parts(other.tokenizer)
+    different = [name for name in student_parts if student_parts[name] != other_parts.get(name)]
     if not different:
         return Finding(
-            "ok", "tokenizer", f"the {other.role}'s is the student's ({fingerprint(ours)})"
+            "ok", "tokenizer", f"the {other.role}'s is the student's ({fingerprint(student_parts)})"
         )
-    extra = _extra_tokens(ours, theirs, different)
+    extra = _extra_tokens(student_parts, other_parts, different)
     if extra:
         count, some = len(extra), ", ".join(f"{t!r}" for t in sorted(extra)[:4])
         return Finding(
@@ -240,50 +241,52 @@ def _tokenizers(student: Described, other: Described) -> Finding:
             "one model was never trained on their rows, and the other's log-probs count there",
             "keep them out of prompts and answers (thinking and tools off)",
         )
-    shown = "; ".join(_difference(name, ours[name], theirs.get(name)) for name in different[:3])
+    shown = "; ".join(
+        _difference(name, student_parts[name], other_parts.get(name)) for name in different[:3]
+    )
     return Finding(
         "error",
         "tokenizer",
-        f"student {fingerprint(ours)} and {other.role} {fingerprint(theirs)} have different "
-        f"tokenizers: {shown}",
+        f"student {fingerprint(student_parts)} and {other.role} {fingerprint(other_parts)} have "
+        f"different tokenizers: {shown}",
         "a token id means another text to each, so that log-probs cannot be compared",
         f"set model.{other.role}.hf_path to a model with the student's tokenizer",
     )
 
 
 def _extra_tokens(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], different: list[str]
+    student: Mapping[str, Any], other: Mapping[str, Any], different: list[str]
 ) -> set[str]:
     """Added tokens that one side alone has, where that is all the difference; else none."""
-    if not set(different) <= {"vocabulary", "added tokens"} or "added tokens" not in ours:
+    if not set(different) <= {"vocabulary", "added tokens"} or "added tokens" not in student:
         return set()
     for name in different:
-        shared = ours[name].keys() & theirs[name].keys()
-        if any(ours[name][token] != theirs[name][token] for token in shared):
+        shared = student[name].keys() & other[name].keys()
+        if any(student[name][token] != other[name][token] for token in shared):
             return set()
-    if len(set(ours["vocabulary"].values()) | set(theirs["vocabulary"].values())) < len(
-        ours["vocabulary"].keys() | theirs["vocabulary"].keys()
+    if len(set(student["vocabulary"].values()) | set(other["vocabulary"].values())) < len(
+        student["vocabulary"].keys() | other["vocabulary"].keys()
     ):
         return set()  # one id, two tokens
-    extra = ours["vocabulary"].keys() ^ theirs["vocabulary"].keys()
-    added = ours["added tokens"].keys() ^ theirs["added tokens"].keys()
+    extra = student["vocabulary"].keys() ^ other["vocabulary"].keys()
+    added = student["added tokens"].keys() ^ other["added tokens"].keys()
     return set(extra) if extra == added else set()
 
 
-def _difference(name: str, ours: Any, theirs: Any) -> str:
+def _difference(name: str, first: Any, second: Any) -> str:
     """An example of a part that differs: the student's first."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys = [k for k in sorted(first.keys() | second.keys()) if first.get(k) != second.get(k)]
         key = keys[0]
         return (
-            f"{name}, {key!r}: {ours.get(key, 'missing')!r} against {theirs.get(key, 'missing')!r}"
+            f"{name}, {key!r}: {first.get(key, 'missing')!r} against {second.get(key, 'missing')!r}"
         )
-    if isinstance(ours, list) and isinstance(theirs, list):
-        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if isinstance(first, list) and isinstance(second, list):
+        at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
         if at is None:
-            return f"{name}: {len(ours)} against {len(theirs)}"
-        return f"{name}, number {at}: {ours[at]!r} against {theirs[at]!r}"
-    return f"{name}: {json.dumps(ours)[:100]} against {json.dumps(theirs)[:100]}"
+            return f"{name}: {len(first)} against {len(second)}"
+        return f"{name}, number {at}: {first[at]!r} against {second[at]!r}"
+    return f"{name}: {json.dumps(first)[:100]} against {json.dumps(second)[:100]}"
 
 
 # -- ends ------------------------------------------------------------------------------------------
@@ -293,14 +296,14 @@ def _ends(
     student: Described, other: Described, chosen: list[int] | None, method: str
 ) -> Iterator[Finding]:
     """The student samples until the run's stop ids; the teacher was taught its own."""
-    run, theirs = set(chosen or student.stops), set(other.stops)
-    if not theirs or method == "sft":
+    run, ends = set(chosen or student.stops), set(other.stops)
+    if not ends or method == "sft":
         return
     end = other.tokenizer.eos_token_id
-    end = end if end is not None else min(theirs)
+    end = end if end is not None else min(ends)
     what = (
         f"answers end with {student.tokens(run)}; the {other.role} ends its own with "
-        f"{other.token(end)} (all its EOS ids: {other.tokens(theirs)})"
+        f"{other.token(end)} (all its EOS ids: {other.tokens(ends)})"
     )
     if end not in run:
         yield Finding(
@@ -309,25 +312,25 @@ def _ends(
             what,
             f"the {other.role} puts its mass on an end that does not stop the student: answers "
             "grow to the length limit and repeat (a base student with an instruct teacher)",
-            f"set rollout.stop_token_ids={sorted(run | theirs)}; a base student is better taught "
+            f"set rollout.stop_token_ids={sorted(run | ends)}; a base student is better taught "
             "the format by method sft first",
         )
-    elif (own := student.tokenizer.eos_token_id) in run - theirs:
+    elif (own := student.tokenizer.eos_token_id) in run - ends:
         yield Finding(
             "warning",
             "end of answer",
             what,
             f"the student's end {student.token(own)} is none to the {other.role}, which gives it "
             "little mass: the student unlearns to end with it",
-            f"set rollout.stop_token_ids={sorted(theirs)}, or use a {other.role} that ends alike",
+            f"set rollout.stop_token_ids={sorted(ends)}, or use a {other.role} that ends alike",
         )
-    elif unstopped := theirs - run:
+    elif unstopped := ends - run:
         yield Finding(
             "warning",
             "end of answer",
             what,
             f"{other.tokens(unstopped)} would end the {other.role}'s answer, not the student's",
-            f"set rollout.stop_token_ids={sorted(run | theirs)}",
+            f"set rollout.stop_token_ids={sorted(run | ends)}",
         )
     else:
         yield Finding("ok", "end of answer", what)
@@ -357,20 +360,20 @@ def _templates(student: Described, other: Described, prompt: str, data: DataConf
         what = f"the {other.role}'s tokenizer has none; the run's prompts look like {_tail(prompt)}"
         return Finding("warning", "chat template", what, why, f"use a {other.role} trained on such")
     try:
-        theirs = _render(other, replace(data, chat_template=None))
+        other_prompt = _render(other, replace(data, chat_template=None))
     except ValueError as error:
         return Finding("warning", "chat template", str(error), why, fix)
-    if theirs == prompt:
+    if other_prompt == prompt:
         return Finding("ok", "chat template", f"both give {_tail(prompt)}")
     at = next(
-        (i for i, (a, b) in enumerate(zip(prompt, theirs, strict=False)) if a != b),
-        min(len(prompt), len(theirs)),
+        (i for i, (a, b) in enumerate(zip(prompt, other_prompt, strict=False)) if a != b),
+        min(len(prompt), len(other_prompt)),
     )
     return Finding(
         "warning",
         "chat template",
         f"the run's prompts and the {other.role}'s own differ from character {at} on: "
-        f"{prompt[at : at + 60]!r} against {theirs[at : at + 60]!r}",
+        f"{prompt[at : at + 60]!r} against {other_prompt[at : at + 60]!r}",
         why,
         fix,
     )

@@ -82,8 +82,8 @@ def mix_teacher_rollouts(
     config = sampler.config
     n, phases = config.rollout.n, config.distill.phases
     flat = [r for group in groups for r in group]
-    mine = [s - first_prompt * n for s in slots if 0 <= s - first_prompt * n < len(flat)]
-    mixed, open_slots = list(flat), list(mine)
+    own = [s - first_prompt * n for s in slots if 0 <= s - first_prompt * n < len(flat)]
+    mixed, open_slots = list(flat), list(own)
     for attempt in range(phases.attempts):
         prompts = [flat[s].prompt for s in open_slots]
         seeds = [
@@ -99,12 +99,12 @@ def mix_teacher_rollouts(
     if phases.group_stats == "kept":
         regrouped = [with_advantages(group, config) for group in regrouped]
     bins: dict[str, tuple[int, int]] = {}
-    for slot in mine:
+    for slot in own:
         group = groups[slot // n]
         name = _accuracy_bin(sum(r.is_correct for r in group) / len(group))
         endorsed, tried = bins.get(name, (0, 0))
         bins[name] = (endorsed + (mixed[slot].source == "teacher"), tried + 1)
-    return Batch(regrouped, groups, len(mine), bins)
+    return Batch(regrouped, groups, len(own), bins)
 
 
 def _accuracy_bin(accuracy: float) -> str:

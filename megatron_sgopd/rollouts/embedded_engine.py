@@ -119,11 +119,11 @@ class EmbeddedEngine:
         rank, size = (self._group.rank(), self._group.size()) if self._group else (0, 1)
         # Dealing the requests out in the order of their lengths gives every rank the same mixture.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_token_ids))
-        mine = order[rank::size]
+        own = order[rank::size]
         done: dict[int, Completion] = {}
-        for part in self._batches(mine, [len(requests[i].prompt_token_ids) for i in mine]):
+        for part in self._batches(own, [len(requests[i].prompt_token_ids) for i in own]):
             done |= zip(part, self._decode([requests[i] for i in part]), strict=True)
-            progress(len(done), len(mine))
+            progress(len(done), len(own))
         if size > 1:
             assert self._group is not None, "several ranks are a group"
             first = dist.get_global_rank(self._group, 0)

@@ -97,10 +97,10 @@ def load_checkpoint(
     """
     common = dist_checkpointing.load_common_state_dict(str(path))
     state = TrainState(**common["state"])
-    for key, ours, theirs in (("name", name, state.name), ("seed", seed, state.seed)):
-        if ours != theirs:
+    for key, ours, other in (("name", name, state.name), ("seed", seed, state.seed)):
+        if ours != other:
             raise ValueError(
-                f"{path} was written with {key} {theirs!r}, this run has {ours!r}: set {key} back, "
+                f"{path} was written with {key} {other!r}, this run has {ours!r}: set {key} back, "
                 "or choose another logging.run_dir"
             )
     if state.world_size != dist.get_world_size():

@@ -280,18 +280,18 @@ class _Server:
     """
 
     def __init__(self, settings: dict[str, object]) -> None:
-        self._socket, theirs = socket.socketpair()
+        self._socket, other = socket.socketpair()
         # -c and not -m: this way neither the caller's __main__ nor a directory that happens to be
         # current comes into it. fork + exec by subprocess runs no Python between the two.
         program = (
             f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); "
             "from megatron_sgopd.verifier.worker import main; main()"
         )
-        with theirs:
+        with other:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", program, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", "-c", program, str(other.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[other.fileno()],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         self._timeout_s = float(str(settings["timeout_s"]))

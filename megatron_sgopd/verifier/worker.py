@@ -175,7 +175,7 @@ class Server:
         return os.waitpid(worker.pid, 0)[1]
 
     def _fork(self) -> _Worker:
-        ours, theirs = socket.socketpair()
+        ours, other = socket.socketpair()
         server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -186,12 +186,12 @@ class Server:
                 for worker in self.workers:
                     worker.connection.close()
                 _limit(server_pid, self.memory_bytes)
-                _work(theirs, self.check, self.memory_bytes // 2)
+                _work(other, self.check, self.memory_bytes // 2)
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(1)
-        theirs.close()
+        other.close()
         worker = _Worker(pid, ours)
         self.workers.append(worker)
         self.selector.register(ours, selectors.EVENT_READ, worker)

@@ -79,9 +79,9 @@ class Chunk:
 
     def set_at_tokens(self, values: Tensor) -> None:
         """Puts values [n] in the student's rows where this rank holds the sampled token."""
-        mine = self.owned.nonzero()[:, 0]
-        rows = mine + self.place.start if isinstance(self.place, slice) else self.place[mine]
-        self.student[rows, self.local_token[mine]] = values[mine].to(self.student.dtype)
+        own = self.owned.nonzero()[:, 0]
+        rows = own + self.place.start if isinstance(self.place, slice) else self.place[own]
+        self.student[rows, self.local_token[own]] = values[own].to(self.student.dtype)
 
 
 def together(indices: Tensor) -> Place:

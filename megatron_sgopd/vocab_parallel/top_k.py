@@ -159,7 +159,7 @@ class TopK(Objective):
         of_tail = of_tail.to(dtype)[:, None]
         at_best = moves[:, :-1].to(dtype)
         columns = self.outcomes.ids - self.shard.first
-        mine = (columns >= 0) & (columns < self.shard.valid) & (self.outcomes.ids >= 0)
+        own = (columns >= 0) & (columns < self.shard.valid) & (self.outcomes.ids >= 0)
         scratch = self.scratch(chunk)
         for block in scratch.blocks(len(chunk)):
             x, _ = scratch.buffers(block.stop - block.start)
@@ -170,7 +170,7 @@ class TopK(Objective):
             # Above the centre are the best alone, which are set below.
             x.clamp_(max=0.0).mul_(1.0 / tau).exp_().mul_(of_tail[block])
             out = destination(chunk.student, rows, x)
-            row, best = mine[block].nonzero(as_tuple=True)
+            row, best = own[block].nonzero(as_tuple=True)
             x[row, columns[block][row, best]] = at_best[block][row, best]
             out.copy_(x)
             self.finish(chunk, block, out, part(additive, block))

@@ -132,8 +132,8 @@ def jsd(student: Softmax, target: Softmax, beta: float) -> Exact:
     Gradient (1 - beta) p (rho - E_p[rho]) with rho = log p - log m: what log m adds by its own
     dependence on p sums to the derivative of sum m = 1, which is 0.
     """
-    ours, theirs = student.log_p + math.log1p(-beta), target.log_p + math.log(beta)
-    log_m = torch.logaddexp(ours, theirs)
+    ours, of_the_other = student.log_p + math.log1p(-beta), target.log_p + math.log(beta)
+    log_m = torch.logaddexp(ours, of_the_other)
     part = (ours - log_m).exp()  # of m, the student's
     m_error = part * student.log_error + (1 - part) * target.log_error
     m_error = m_error + 3 * U32 * (2 + log_m.abs())

@@ -153,12 +153,12 @@ def compare(setting: Setting, got: Got) -> list[Reading]:
         added = bounds.U32 * (1 + math.log2(case.rows.tokens)) * values.abs().sum()
         values, values_bound = values.sum()[None], values_bound.sum()[None] + added
 
-    def mine(whole: Tensor) -> Tensor:
+    def own(whole: Tensor) -> Tensor:
         return expected_columns(whole, case.rows, setting.rank, setting.world)
 
     return [
         worst("value", got.values - values, values_bound),
-        worst("gradient", got.gradient - mine(exact.gradient), mine(exact.gradient_bound)),
+        worst("gradient", got.gradient - own(exact.gradient), own(exact.gradient_bound)),
     ]
 
 

@@ -109,8 +109,8 @@ def local_columns(x: Tensor, rows: Rows, which: int, rank: int, world: int) -> T
     width, held = width_of(rows, world), rows.vocab
     padded = x.new_full((x.shape[0], width * world), GARBAGE[which])
     padded[:, :held] = x
-    mine = padded[:, rank * width : (rank + 1) * width]
-    return mine.to(getattr(torch, rows.dtype)).contiguous()
+    own = padded[:, rank * width : (rank + 1) * width]
+    return own.to(getattr(torch, rows.dtype)).contiguous()
 
 
 def width_of(rows: Rows, world: int) -> int:

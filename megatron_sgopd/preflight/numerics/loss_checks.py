@@ -200,12 +200,12 @@ def gradient_readings(
     got = [gradient_of(leaf) for leaf in leaves]
     bound = torch.where(p.inputs.mask[:, None], exact.gradient_bound, 0.0)
 
-    def mine(x: Tensor) -> Tensor:
+    def own(x: Tensor) -> Tensor:
         return expected_columns(x, setting.case.rows, setting.rank, setting.world)
 
     if not p.hidden:
         bound = bound + p.inputs.mask[:, None] * (roundoff * grad.abs() + least)
-        return [worst("gradient", got[0] - mine(grad), mine(bound))]
+        return [worst("gradient", got[0] - own(grad), own(bound))]
     hidden, head = p.hidden["student"]
     off = bound @ head.abs() + product_error(grad, head)
     off_head = bound.T @ hidden.abs() + product_error(grad.T, hidden)
@@ -216,7 +216,7 @@ def gradient_readings(
         worst("hidden's gradient", got[0] - grad @ head, off),
         worst(
             "head's gradient",
-            got[1] - mine((grad.T @ hidden).T).T,
-            mine(off_head.T).T,
+            got[1] - own((grad.T @ hidden).T).T,
+            own(off_head.T).T,
         ),
     ]

@@ -99,15 +99,15 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         self._folder = Path(tempfile.mkdtemp(prefix="sgopd-numerics-"))
         for rank in range(self.world):
-            mine, theirs = context.Pipe()
+            own, other = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(theirs, rank, self.world, str(self._folder), self._function),
+                args=(other, rank, self.world, str(self._folder), self._function),
                 daemon=True,
             )
             process.start()
-            theirs.close()
-            self._workers.append((process, mine))
+            other.close()
+            self._workers.append((process, own))
 
     def close(self) -> None:
         """Ends the ranks."""

@@ -40,15 +40,15 @@ def table(results: Sequence[Result]) -> list[str]:
     capability = ""
     order = [(case.capability, case.name) for case in ALL]  # some are not tried at TP 1
     for key in sorted({(r.capability, r.case) for r in results}, key=order.index):
-        mine = {r.tp: r for r in results if (r.capability, r.case) == key}
+        own = {r.tp: r for r in results if (r.capability, r.case) == key}
         if key[0] != capability:
             capability = key[0]
             lines.append(capability)
-        marks = "".join(_mark(mine.get(w)).rjust(6) for w in worlds)
-        readings = worst([x for r in mine.values() for x in r.readings])
+        marks = "".join(_mark(own.get(w)).rjust(6) for w in worlds)
+        readings = worst([x for r in own.values() for x in r.readings])
         name = f"  {key[1]}".ljust(NAME_WIDTH)
         lines.append(f"{name}{marks}  {'   '.join(map(_reading, readings))}".rstrip())
-        failures = dict.fromkeys(r.failure for r in mine.values() if r.failure)
+        failures = dict.fromkeys(r.failure for r in own.values() if r.failure)
         lines += [f"{'':<{NAME_WIDTH}}  {failure}" for failure in failures]
     return lines
 

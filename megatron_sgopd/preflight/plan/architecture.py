@@ -151,9 +151,9 @@ def architecture_from_config(values: dict[str, Any], source: str) -> Architectur
         raise ConfigError(f"{source} has model_type {kind!r}; known here are {known}")
     mixture = kind in MIXTURES
     names = SIZES | ({"ffn": "moe_intermediate_size"} if mixture else {})
-    if absent := [theirs for theirs in names.values() if not isinstance(values.get(theirs), int)]:
+    if absent := [other for other in names.values() if not isinstance(values.get(other), int)]:
         raise ConfigError(f"{source} has no number {absent[0]}: give a complete config.json")
-    sizes = {ours: int(values[theirs]) for ours, theirs in names.items()}
+    sizes = {ours: int(values[other]) for ours, other in names.items()}
     return Architecture(
         model_type=str(kind),
         **sizes,

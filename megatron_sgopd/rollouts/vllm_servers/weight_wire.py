@@ -93,8 +93,8 @@ class Receiver:
                 raise ValueError(f"{source['path']} has {count} bytes, the bucket {size}")
             return flat.to(self._device)
         if self._transport == "ipc":
-            theirs = open_handle(source["handles"], self._device)
-            return theirs.to(self._device, copy=True)
+            other = open_handle(source["handles"], self._device)
+            return other.to(self._device, copy=True)
         device = self._device if self._transport == "nccl" else torch.device("cpu")
         flat = torch.empty(size, dtype=torch.uint8, device=device)
         broadcast(self._group, flat).wait()
