@@ -129,7 +129,7 @@ def begin_batch(run: Run, step: int) -> None:
 def metrics_of(run: Run, batch: Batch) -> dict[str, float]:
     """Returns what a step logs about its rollouts and its memory, over all replicas. Collective."""
     groups = run.groups
-    sums = batch_metrics(batch, run.state.policy_version - 1)  # of before this step's update
+    sums = batch_metrics(batch, run.state.policy_version)
     return reduced_means(sums, sums, groups.dp_group, groups.device) | peak_memory(groups.device)
 
 
