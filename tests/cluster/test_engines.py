@@ -33,7 +33,7 @@ def settings(tiny: Tiny, run_dir: Path) -> list[str]:
 def kill_server(job: Job) -> None:
     """The server and its engine core, as the out-of-memory killer would."""
     servers = job.processes("vllm.entrypoints.openai.api_server")
-    servers = [pid for pid in servers if "vllm_server" not in line_of(pid)]
+    servers = [pid for pid in servers if "vllm_servers.supervisor" not in line_of(pid)]
     assert len(servers) == 1, job.everything()
     os.kill(servers[0], signal.SIGKILL)
 
