@@ -44,6 +44,7 @@ def test_a_measured_tie_width_is_no_other_setting(tmp_path: Path) -> None:
     gate = replace(CONFIG.distill.gate, eps=3e-6)
     write_recipe(tmp_path, replace(CONFIG, distill=replace(CONFIG.distill, gate=gate)))
     claim_run_folder(CONFIG, tmp_path, resuming=True)
+    assert "eps: auto" in (tmp_path / "config.yaml").read_text(), "the run writes it anew"
 
 
 def test_a_start_removes_the_request_to_stop_and_the_errors(tmp_path: Path) -> None:
