@@ -141,7 +141,7 @@ def broken_contracts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 # A docstring that begins like this cannot be read without the signature.
 NO_VERB = re.compile(
     r"(Of|That|Where|Whether|What|Which|In|For|By|With|From|To|At|On|How|When|Who|As|If|Around|Until"
-    r"|Without|Between|Inside)\b"
+    r"|Without|Between|Inside|Those|Whose)\b"
 )
 NO_NAMES = {"told", "odd", "mine"}  # of variables: they say nothing of what they hold
 

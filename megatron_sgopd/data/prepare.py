@@ -289,7 +289,7 @@ def _boxed(answer: str) -> str:
 def _decontaminated(
     entries: list[Entry], benchmarks: Benchmarks, ledger: _Ledger, bar: Bar
 ) -> tuple[list[Entry], dict[str, int]]:
-    """Those that are no benchmark's, and how many are, by benchmark."""
+    """Returns those that are no benchmark's, and how many are, by benchmark."""
     clean: list[Entry] = []
     hits: Counter[str] = Counter()
     for entry in bar(entries, "decontaminating", len(entries)):
@@ -307,7 +307,7 @@ def _decontaminated(
 
 
 def _verified(entries: list[Entry], pool: VerifierPool, ledger: _Ledger, bar: Bar) -> list[Entry]:
-    """Those whose answer, in a box, the verifier takes for itself."""
+    """Returns those whose answer, in a box, the verifier takes for itself."""
     pairs = ((_boxed(entry.answer), entry.answer) for entry in entries)
     verdicts: dict[int, Verdict] = dict(bar(pool.verify_iter(pairs), "verifying", len(entries)))
     verified: list[Entry] = []

@@ -68,7 +68,9 @@ class Run:
 
 
 def find_executors(given: str | None, environment: Mapping[str, str]) -> dict[str, Executor]:
-    """Those of the file that was named, or else of the first that is there; and local and slurm."""
+    """Reads those of the file that was named, or else of the first that is there; and local
+    and slurm.
+    """
     if given is not None and not Path(given).is_file():
         raise ConfigError(f"--executors: {given} does not exist")
     home = Path(environment.get("XDG_CONFIG_HOME") or Path.home() / ".config")

@@ -187,7 +187,9 @@ def _extra(objective: Objective, chunk: Chunk) -> Tensor:
 
 
 def _sum_sources(objective: Objective) -> list[int]:
-    """Whose exponentials weigh each sum of the forward KL: 0 the teacher's, 1 and 2 a target's."""
+    """Tells whose exponentials weigh each sum of the forward KL: 0 the teacher's, 1 and 2 a
+    target's.
+    """
     sources, target = [], 0
     for lam in objective.lambdas:
         is_teacher = not isinstance(lam, Tensor) and lam == 1.0

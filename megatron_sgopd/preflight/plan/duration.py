@@ -79,7 +79,7 @@ class _Clock:
 
     @property
     def loss_tokens(self) -> float:
-        """Those that meet a head: prompts are not trained on."""
+        """Counts those that meet a head: prompts are not trained on."""
         return self.rollouts * self.assumed.mean_completion_tokens
 
     @property
